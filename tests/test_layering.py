@@ -1,0 +1,84 @@
+"Rooms and shelves: a module imports only from lower (number, letter) ones, nothing imports in a circle, and importing needs no GPU, no network and no heavy package."
+import ast, re, subprocess, sys, time
+from pathlib import Path
+import pytest
+from test_notebooks import ALL, NBS, Notebook
+
+ROOT = NBS.parent
+PKG = ROOT/"video_vlm"
+MODULES = [p for p in sorted(PKG.rglob("*.py")) if p.name not in ("_modidx.py", "__init__.py") and "__pycache__" not in p.parts]
+name_of = lambda p: p.relative_to(PKG).with_suffix("").as_posix().replace("/", ".")
+BENCH = ("09", "ab~")   # measurements may use everything but the command line
+
+def ranks():
+    "Module -> (number, letters), from the names of the notebooks."
+    res = {}
+    for p in ALL:
+        exp, m = Notebook(p).default_exp, re.match(r"(\d+)([a-z]*)_", p.name)
+        if exp: res[exp] = BENCH if exp.startswith("bench.") else (m.group(1), m.group(2)) if m else None
+    return res
+
+RANK = ranks()
+
+def imports(path):
+    "Modules of this package that a module imports, anywhere in it, also inside functions: {name: line}."
+    found, here = {}, ("video_vlm." + name_of(path)).split(".")
+    for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(n, ast.Import): names = [a.name for a in n.names]
+        elif isinstance(n, ast.ImportFrom):
+            base = ".".join(here[:-n.level] + ([n.module] if n.module else [])) if n.level else n.module or ""
+            names = [base, *(f"{base}.{a.name}" for a in n.names)]
+        elif isinstance(n, ast.Call) and getattr(n.func, "attr", getattr(n.func, "id", "")) == "import_module" and n.args and isinstance(n.args[0], ast.Constant): names = [str(n.args[0].value)]
+        for name in names:
+            name = name.removeprefix("video_vlm.")
+            if (PKG/(name.replace(".", "/") + ".py")).exists() and name != name_of(path): found.setdefault(name, n.lineno)
+    return found
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path):
+    me = name_of(path)
+    assert me in RANK, f"{me} has no notebook"
+    assert RANK[me], f"the notebook of {me} has no number"
+    up = [f"line {line}: {n} {RANK.get(n)}" for n, line in imports(path).items() if not (RANK.get(n) or ("99", "")) < RANK[me] and not (me.startswith("bench.") and n.startswith("bench."))]
+    if me == "cli": up = [u for u in up if ": bench." not in u]
+    assert not up, f"{me} {RANK[me]} imports from its own level or above:\n  " + "\n  ".join(up)
+
+def test_no_circles():
+    graph, done = {name_of(p): set(imports(p)) for p in MODULES}, set()
+    def visit(node, trail):
+        assert node not in trail, "circle: " + " -> ".join([*trail[trail.index(node):], node])
+        if node in done: return
+        for n in sorted(graph.get(node, ())): visit(n, [*trail, node])
+        done.add(node)
+    for node in graph: visit(node, [])
+
+CLEAN = """
+import sys, time, importlib, importlib.abc, socket
+class Refuse(importlib.abc.MetaPathFinder):   # packages that may not be installed
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"vllm", "ray", "lancedb", "mlflow"}: raise ImportError(f"{name} must not be needed to import this module")
+sys.meta_path.insert(0, Refuse())
+def refuse(*a, **k): raise OSError("the network must not be needed to import this module")
+socket.socket.connect = refuse
+socket.getaddrinfo = refuse
+t = time.perf_counter(); importlib.import_module(sys.argv[1]); print(f"{time.perf_counter()-t:.2f}")
+heavy = [m for m in ("vllm", "ray", "lancedb", "mlflow") if m in sys.modules]
+assert not heavy, f"imported: {heavy}"
+"""
+
+@pytest.mark.parametrize("module", ["video_vlm", *(f"video_vlm.{name_of(p)}" for p in MODULES)])
+def test_imports_clean(module, note, tmp_path):
+    import os
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    r = subprocess.run([sys.executable, "-c", CLEAN, module], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert r.returncode == 0, (r.stdout + r.stderr)[-2500:]
+    note("seconds to import, in a fresh process", f"{float(r.stdout.split()[-1]):6.2f}  {module}")
+
+def test_every_exporting_notebook_has_its_module():
+    missing = [m for m in RANK if not (PKG/(m.replace(".", "/") + ".py")).exists()]
+    assert not missing, f"not exported: {missing}"
+
+def test_ten_stages():
+    stages = {"data", "dedup", "frames", "encoder", "model", "training", "search", "evaluation", "release", "serving"}
+    assert stages <= set(RANK), f"missing: {sorted(stages - set(RANK))}"
