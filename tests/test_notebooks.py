@@ -45,7 +45,8 @@ def exporting(nb):
     if not nb.exported: pytest.skip("exports nothing")
     return nb
 
-def say(problems): assert not problems, "\n  " + "\n  ".join(problems)
+def say(problems):
+    if problems: pytest.fail("\n".join(problems), pytrace=False)
 
 def test_title_and_subtitle(nb):
     first = nb.cells[0]

@@ -21,7 +21,7 @@ def process(force, workers):
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
     if force: shutil.rmtree(PROC, ignore_errors=True)
-    newest = max(f.stat().st_mtime for f in (ROOT/"settings.ini", Path(__file__)))
+    newest = max(f.stat().st_mtime for f in (ROOT/"settings.ini", Path(__file__), Path(__file__).with_name("docs_page.py")))
     files = [p for p in sorted(NBS.rglob("*")) if p.is_file() and not any(part[0] in "._" for part in p.relative_to(NBS).parts)]
     for p in PROC.rglob("*.ipynb") if PROC.exists() else ():   # pages whose notebook is gone
         if not (NBS/p.relative_to(PROC)).exists(): p.unlink()
@@ -125,7 +125,7 @@ def render_smalldocs():
         f = site.out/page.out
         f.write_text(mathml(f.read_text(encoding="utf-8")), encoding="utf-8")
     for w in site.warnings:
-        if not quiet_keys.search(w): print(f"    note: {w}")
+        if not quiet_keys.search(w) and "broken link" not in w: print(f"    note: {w}")
     return pages
 
 def publish():

@@ -15,6 +15,10 @@ def flagged(cell, flags):
     heads = [l.strip() for l in cell.source.splitlines() if l.strip().startswith("#|")]
     return any(h[2:].split(":")[0].strip() in flags or h.replace(" ", "") == "#|eval:false" for h in heads)
 
+def chatter(output):
+    "Warnings of other packages about this machine: nothing for a page."
+    return output.output_type == "stream" and output.name == "stderr" and "site-packages" in output.text and "Warning" in output.text
+
 def execute(path, flags):
     "Run one notebook; returns an error text, or None when the new outputs are written."
     nb = nbformat.read(path, 4)
@@ -26,7 +30,8 @@ def execute(path, flags):
     except CellExecutionError as e: return str(e)[-3000:]
     except Exception as e: return f"{type(e).__name__}: {e}"
     for c in nb.cells:
-        if c.id in skip: c.cell_type, c["outputs"] = skip[c.id]; c["execution_count"] = None
+        if c.id in skip: c.cell_type, c["outputs"], c["execution_count"] = *skip[c.id], None
+        elif c.cell_type == "code": c["outputs"] = [o for o in c.outputs if not chatter(o)]
     tmp = path.with_suffix(".tmp")
     nbformat.write(nb, tmp)
     os.replace(tmp, path)

@@ -7,10 +7,10 @@ __all__ = ['PRESETS', 'CHATML', 'BudgetError', 'smaller_grid', 'shapes', 'Budget
            'count_with', 'Request', 'transcript_text', 'PromptFormat', 'safe_text', 'parts_of', 'spoken_text',
            'with_transcripts', 'Slot', 'Turn', 'lay_turn', 'span_of', 'frame_levels', 'lay_ladder', 'at_least',
            'plan_of', 'exact', 'Receipt', 'exchanges', 'say', 'walk', 'fit_encoder', 'last_level', 'longest_clip',
-           'round_down', 'in_words', 'too_big', 'refuse', 'fixed', 'lay_out', 'plan_request', 'write_receipt',
+           'round_down', 'in_words', 'least', 'too_big', 'refuse', 'fixed', 'lay_out', 'plan_request', 'write_receipt',
            'seconds_in']
 
-# %% ../nbs/02a_budget.ipynb #3cb9f9dc
+# %% ../nbs/02a_budget.ipynb #b7563a57
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
@@ -19,14 +19,14 @@ import numpy as np
 from .data import VideoVLMError
 from .frames import FramePlan, plan_frames
 
-# %% ../nbs/02a_budget.ipynb #aea835c1
+# %% ../nbs/02a_budget.ipynb #ac2536c5
 class BudgetError(VideoVLMError):
     "A request that cannot be made to fit. `.code` is one of no_probe, bad_part, bad_limits, too_long, encoder_cache, text_too_long."
     def __init__(self, message, code="too_long", needed=None, available=None, max_seconds=None):
         super().__init__(message)
         self.code, self.needed, self.available, self.max_seconds = code, needed, available, max_seconds
 
-# %% ../nbs/02a_budget.ipynb #f78d9b2a
+# %% ../nbs/02a_budget.ipynb #f11952d1
 def smaller_grid(tokens:int # Tokens of a group, a square number
                 )->int|None: # The next smaller legal number, or None at 1
     "Pool a square grid once more, by the smallest divisor of its side."
@@ -51,7 +51,7 @@ def shapes(group:int, # Frames averaged into a group
         if step is None: return tuple(out)
         out.append(step); time_next = not time_next
 
-# %% ../nbs/02a_budget.ipynb #b670ea70
+# %% ../nbs/02a_budget.ipynb #6eaec7f8
 @dataclass(frozen=True)
 class BudgetLimits:
     "What must not be exceeded, and what is tried first."
@@ -81,7 +81,7 @@ PRESETS = dict(
     base=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=224),
     large=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=384, group=4, tokens_per_group=64, max_group=16))
 
-# %% ../nbs/02a_budget.ipynb #2faf930a
+# %% ../nbs/02a_budget.ipynb #f43cbe93
 def tenths(times # Seconds, any length
           )->np.ndarray: # int64: the number printed by f"{t:.1f}", times ten
     "Tenths of a second exactly as string formatting rounds them."
@@ -92,7 +92,7 @@ def tenths(times # Seconds, any length
     for i in np.flatnonzero(unsure): out[i] = float(f"{t[i]:.1f}".replace(".", ""))
     return out.astype(np.int64)
 
-# %% ../nbs/02a_budget.ipynb #72e236ab
+# %% ../nbs/02a_budget.ipynb #16efe922
 class TokenCounter:
     "Token counts of texts and timestamps; the tokenizer sees each string once. Safe to share between threads."
     longest = 48*3600*10   # tenths kept in the table: two days, 3.5 MB when full
@@ -136,7 +136,7 @@ def count_with(tokenizer # A transformers tokenizer
     if fast is None: return lambda s: len(tokenizer(s, add_special_tokens=False).input_ids)
     return lambda s: len(fast.encode(s, add_special_tokens=False).ids)
 
-# %% ../nbs/02a_budget.ipynb #42d2c236
+# %% ../nbs/02a_budget.ipynb #544cb068
 @dataclass(frozen=True)
 class Request:
     "What a caller asks, before any media is decoded."
@@ -157,7 +157,7 @@ def transcript_text(segments, # List of {"start", "end", "text"}, or plain text
     kept = [s for s in segments if s["end"] > start and s["start"] < end]
     return "".join(["Transcript:\n"] + [f"{s['start']:.1f}s: {s['text']}\n" for s in kept]) if kept else ""
 
-# %% ../nbs/02a_budget.ipynb #cd8dbb5b
+# %% ../nbs/02a_budget.ipynb #b981fc30
 @dataclass(frozen=True)
 class PromptFormat:
     "The chat template in pieces; one special token opens a turn and one closes it."
@@ -180,7 +180,7 @@ def parts_of(message)->list:
     content = message.get("content") or ""
     return [dict(type="text", text=content)] if isinstance(content, str) else content
 
-# %% ../nbs/02a_budget.ipynb #365d1a0d
+# %% ../nbs/02a_budget.ipynb #8840531a
 def spoken_text(part, request)->str:
     "The transcript of an audio part, cut to the span that is asked about."
     start, end = part.get("start", request.start), part.get("end", request.end)
@@ -193,7 +193,7 @@ def with_transcripts(messages:list, # Messages with parts of type audio
     def part(p): return dict(type="text", text=spoken_text(p, request)) if p.get("type") == "audio" else p
     return [{**m, "content": m["content"] if isinstance(m["content"], str) else [part(p) for p in m["content"]]} for m in messages]
 
-# %% ../nbs/02a_budget.ipynb #ce0dc6ca
+# %% ../nbs/02a_budget.ipynb #50c46b29
 @dataclass
 class Slot:
     "One video or image of the prompt, and where it stands on its ladder."
@@ -229,7 +229,7 @@ def lay_turn(message, i, request, counter, fmt)->Turn:
     turn.audio = count(whole)-count(bare) if whole != bare else 0
     return turn
 
-# %% ../nbs/02a_budget.ipynb #b36cb057
+# %% ../nbs/02a_budget.ipynb #262321d9
 def span_of(slot, request, limits):
     "Seconds (start, end) that are looked at, and the wanted fps and cap."
     part, probe = slot.part, slot.probe
@@ -268,7 +268,7 @@ def lay_ladder(slot, request, limits):
     slot.n_frame_levels = len(frames)
     return slot
 
-# %% ../nbs/02a_budget.ipynb #130de5e1
+# %% ../nbs/02a_budget.ipynb #1fdb305c
 def at_least(slot):
     "A lower bound on the tokens of a slot: every timestamp is at least one token."
     frames, _, group, tokens = slot.levels[slot.at]
@@ -288,7 +288,7 @@ def exact(slot, request, limits, counter)->tuple:
         slot.costs[slot.at] = plan, plan.n_visual_tokens + counter.timestamps(plan.times[::plan.group])
     return slot.costs[slot.at]
 
-# %% ../nbs/02a_budget.ipynb #f5dc690a
+# %% ../nbs/02a_budget.ipynb #e6d684fd
 @dataclass(frozen=True)
 class Receipt:
     "Where the tokens of a request go, and what had to give way."
@@ -315,7 +315,7 @@ class Receipt:
         rows = "".join(f"| {k} | {getattr(self, k):,} |\n" for k in ("text", "image", "audio", "video", "reserve", "free", "context"))
         return "| | tokens |\n|---|---:|\n" + rows + "".join(f"- {s}\n" for s in self.steps)
 
-# %% ../nbs/02a_budget.ipynb #f108322d
+# %% ../nbs/02a_budget.ipynb #867f6383
 def exchanges(messages)->list:
     "Indexes of droppable messages, grouped as question with its answers, oldest first."
     roles = [m["role"] for m in messages]
@@ -331,7 +331,7 @@ def _leading(roles, what):
         if r != what: return
         yield r
 
-# %% ../nbs/02a_budget.ipynb #f08e278d
+# %% ../nbs/02a_budget.ipynb #23e68b80
 def say(slot, name):
     "One rung in words."
     (f0, p0, g0, n0), (f1, p1, g1, n1) = slot.levels[slot.at-1], slot.levels[slot.at]
@@ -350,16 +350,16 @@ def walk(slots, turns, drops, dropped):
         dropped.update(group)
         yield f"dropped message{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}"
 
-def fit_encoder(slots, request, limits, counter)->list:
-    "A video larger than the engine's encoder cache is planned down first: the engine would hang on it."
+def fit_encoder(slots, staying, request, limits, counter, fmt)->list:
+    "A video larger than the engine's encoder cache is planned down first: the engine would hang on it. `staying` are the turns that no rung drops."
     steps, most = [], limits.encoder_cache or math.inf
     for i, s in enumerate(slots):
         while at_least(s) > most or exact(s, request, limits, counter)[1] > most:
-            if s.at+1 == len(s.levels): raise too_big(s, i, request, limits, counter)
+            if s.at+1 == len(s.levels): raise too_big(s, i, staying, request, limits, counter, fmt)
             s.at += 1; steps.append(say(s, f"{s.kind} {i+1}") + " (encoder cache)")
     return steps
 
-# %% ../nbs/02a_budget.ipynb #eaed47ce
+# %% ../nbs/02a_budget.ipynb #7bff1e60
 def last_level(slot, request, limits, counter)->tuple:
     "(plan, tokens) at the end of the ladder: the least that this video can cost."
     slot.at = len(slot.levels)-1
@@ -383,18 +383,23 @@ def round_down(seconds): return math.floor(seconds/6)*6. if seconds >= 60 else m
 
 def in_words(seconds): return f"{seconds/60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
 
-# %% ../nbs/02a_budget.ipynb #d3f33246
-def too_big(slot, i, request, limits, counter)->BudgetError:
+# %% ../nbs/02a_budget.ipynb #97ff36af
+def least(turns, request, limits, counter, fmt)->int:
+    "Tokens of these turns with every video at its least, and of what surrounds them."
+    return fixed(counter, fmt) + sum(t.text+t.audio+sum(last_level(s, request, limits, counter)[1] for s in t.slots) for t in turns)
+
+def too_big(slot, i, staying, request, limits, counter, fmt)->BudgetError:
     "The refusal for one video that the engine's encoder cache cannot hold."
     need, most = last_level(slot, request, limits, counter)[1], limits.encoder_cache
-    fits = longest_clip(slot, most, request, limits, counter)
+    others = least(staying, request, limits, counter, fmt) - sum(need for t in staying if any(slot is s for s in t.slots))
+    fits = longest_clip(slot, limits.room-others, request, limits, counter)
     tail = f"try a clip shorter than {in_words(fits)}" if fits else "no part of it would fit"
     return BudgetError(f"{slot.kind} {i+1} exceeds the encoder cache: {need} tokens at the least, {most} there are; {tail}",
                        "encoder_cache", need, most, fits or None)
 
 def refuse(turns, slots, request, limits, counter, fmt)->BudgetError:
     "The refusal after the last rung, with the longest clip that would have passed."
-    need = fixed(counter, fmt) + sum(t.text+t.audio for t in turns) + sum(last_level(s, request, limits, counter)[1] for s in slots)
+    need = least(turns, request, limits, counter, fmt)
     told = f"{need} tokens at the least, {limits.room} there are"
     if videos := [s for s in slots if s.kind == "video"]:
         big = max(videos, key=lambda s: s.costs[s.at][1])
@@ -407,7 +412,7 @@ def refuse(turns, slots, request, limits, counter, fmt)->BudgetError:
 
 def fixed(counter, fmt): return fmt.bos+1+counter(fmt.ask)
 
-# %% ../nbs/02a_budget.ipynb #8b96cd07
+# %% ../nbs/02a_budget.ipynb #5a2b232c
 def lay_out(request, limits, counter, fmt):
     "Turns and slots of a request, every slot on the top of its ladder."
     turns = [lay_turn(m, i, request, counter, fmt) for i, m in enumerate(request.messages)]
@@ -428,7 +433,8 @@ def plan_request(request:Request, # Messages and probes
     counter = counter_of(count_text)
     turns, slots = lay_out(request, limits, counter, fmt)
     dropped, drops = set(), exchanges(request.messages)
-    steps = fit_encoder(slots, request, limits, counter)
+    staying = [t for i, t in enumerate(turns) if not any(i in group for group in drops)]
+    steps = fit_encoder(slots, staying, request, limits, counter, fmt)
     down = walk(slots, turns, drops, dropped)
     while True:
         kept = [t for i, t in enumerate(turns) if i not in dropped]
@@ -442,7 +448,7 @@ def plan_request(request:Request, # Messages and probes
         steps.append(step)
     return tuple(c[0] for c in costs), write_receipt(kept, live, costs, limits, counter, fmt, steps, dropped)
 
-# %% ../nbs/02a_budget.ipynb #d1775716
+# %% ../nbs/02a_budget.ipynb #ea43751b
 def write_receipt(turns, slots, costs, limits, counter, fmt, steps, dropped)->Receipt:
     "Tokens by modality; timestamps are billed to their video."
     bill = dict(text=fixed(counter, fmt)+sum(t.text for t in turns), audio=sum(t.audio for t in turns), image=0, video=0)
@@ -450,7 +456,7 @@ def write_receipt(turns, slots, costs, limits, counter, fmt, steps, dropped)->Re
     frames = tuple((plan.n_frames, s.wanted) for s, (plan, _) in zip(slots, costs) if s.kind == "video")
     return Receipt(**bill, context=limits.context, reserve=limits.reserve, steps=tuple(steps), dropped=tuple(sorted(dropped)), frames=frames)
 
-# %% ../nbs/02a_budget.ipynb #318704b0
+# %% ../nbs/02a_budget.ipynb #96016b3b
 def seconds_in(context:int, # Tokens of the window
                limits:BudgetLimits, # Shape and fps; its own context and cap are ignored
                count_text, # Function str -> int

@@ -11,7 +11,7 @@ __all__ = ['START', 'STEPS', 'GUARDRAILS', 'ReleaseError', 'GateConfig', 'read_f
            'CanaryConfig', 'share_evidence', 'clustered_share', 'judge_guardrail', 'CanaryVerdict', 'judge_canary',
            'run_canary', 'simulate_canary', 'compare_shadow']
 
-# %% ../nbs/08_release.ipynb #c081f488
+# %% ../nbs/08_release.ipynb #1238c042
 import hashlib, json, os, time
 from collections import Counter
 from contextlib import contextmanager
@@ -24,10 +24,10 @@ from fastcore.basics import patch
 from .data import VideoVLMError
 from .evaluation import Prediction, clustered_interval, clustered_se
 
-# %% ../nbs/08_release.ipynb #e203d15c
+# %% ../nbs/08_release.ipynb #d0ee2c5b
 class ReleaseError(VideoVLMError): "A release step that must not be taken; the text says what would be."
 
-# %% ../nbs/08_release.ipynb #a93ab174
+# %% ../nbs/08_release.ipynb #87f6f053
 @dataclass(frozen=True)
 class GateConfig:
     "The rules of the gate, written down before the scores are known."
@@ -42,7 +42,7 @@ class GateConfig:
         if not 0 < self.alpha < 0.5: raise ReleaseError(f"alpha is a chance between 0 and 0.5, not {self.alpha}")
         if self.flips < 20/self.alpha: raise ReleaseError(f"flips={self.flips} cannot resolve alpha={self.alpha}; take {int(20/self.alpha)} or more")
 
-# %% ../nbs/08_release.ipynb #bf0ea2b7
+# %% ../nbs/08_release.ipynb #9e73b9ce
 def read_field(pred, *names, default=None):
     "The first of `names` that a prediction (object or dict) has; `default` if none, an error if that is None."
     for n in names:
@@ -53,7 +53,7 @@ def read_field(pred, *names, default=None):
 
 def score_of(pred)->float: "What a prediction scored: `score`, else `correct`."; return float(read_field(pred, "score", "correct"))
 
-# %% ../nbs/08_release.ipynb #1afd1115
+# %% ../nbs/08_release.ipynb #9714ace8
 @dataclass(frozen=True)
 class Guard:
     "One thing that must not get worse."
@@ -74,7 +74,7 @@ def guards_by(preds, *fields):
             out.append(Guard(v, lambda p, f=f, v=v: str(read_field(p, f, default="?")) == v))
     return out
 
-# %% ../nbs/08_release.ipynb #857b29c6
+# %% ../nbs/08_release.ipynb #99aa35a5
 def tiny_predictions(n_clips=200, skills=("colour","count","order"), per_clip=1, right=0.8, churn=0.02, fall=None, seed=0):
     "`(candidate, live)`: two lists of made-up predictions, `per_clip` questions a skill and clip; `fall` maps skill -> lost share (negative: gained)."
     rng, live, cand = np.random.default_rng(seed), [], []
@@ -88,7 +88,7 @@ def tiny_predictions(n_clips=200, skills=("colour","count","order"), per_clip=1,
             cand.append(Prediction(**p, score=float(new[c, q]), answer="yes" if new[c, q] else "no"))
     return cand, live
 
-# %% ../nbs/08_release.ipynb #5ff79e13
+# %% ../nbs/08_release.ipynb #3a3f6308
 def pair(candidate_preds, live_preds):
     "`[(candidate, live)]` matched by `id`; raises `ReleaseError` when the two did not answer the same questions."
     c, l = ({str(read_field(p, "id")): p for p in ps} for ps in (candidate_preds, live_preds))
@@ -98,7 +98,7 @@ def pair(candidate_preds, live_preds):
     if not l: raise ReleaseError("no predictions to compare")
     return [(c[i], l[i]) for i in l]
 
-# %% ../nbs/08_release.ipynb #6b087465
+# %% ../nbs/08_release.ipynb #52261616
 def clip_sums(pairs, slices):
     "`(diff_CK, count_CK, clips)`: differences and question counts summed by clip, for every slice."
     clips = sorted({str(read_field(l, "clip")) for _, l in pairs}); at = {c: i for i, c in enumerate(clips)}
@@ -112,7 +112,7 @@ def clip_sums(pairs, slices):
     if empty: raise ReleaseError(f"no prediction falls into the guarded slices {empty}; add clips to the evaluation set or drop them from the gate")
     return diff_CK, count_CK, clips
 
-# %% ../nbs/08_release.ipynb #564f660d
+# %% ../nbs/08_release.ipynb #3d37ba94
 def paired_interval(diff_CK, count_CK, level=0.95):
     "`(mean_K, se_K, lo_K, hi_K)` of the paired difference a question, clustered by clip, with pseudo-clips for sparse slices."
     out, half = [], np.sqrt(.5)
@@ -123,7 +123,7 @@ def paired_interval(diff_CK, count_CK, level=0.95):
         out.append((d_C.sum()/n_C.sum(), float(clustered_se(s, n)), float(lo), float(hi)))
     return tuple(np.array(out).T)
 
-# %% ../nbs/08_release.ipynb #53529b8f
+# %% ../nbs/08_release.ipynb #8da36b52
 def se_needed(fall=0.05, slices=1, alpha=0.05, power=0.8):
     "The largest standard error at which a `fall` in one of `slices` is caught with `power` at family-wise `alpha`."
     z = NormalDist().inv_cdf
@@ -133,7 +133,7 @@ def clips_needed(sd, fall=0.05, slices=1, alpha=0.05, power=0.8):
     "How many clips that takes, when the paired difference of one clip has standard deviation `sd`."
     return int(np.ceil((sd/se_needed(fall, slices, alpha, power))**2))
 
-# %% ../nbs/08_release.ipynb #9f099d8f
+# %% ../nbs/08_release.ipynb #6ae94125
 def worst_flips(t_K, unit_CK, flips, seed):
     "Share of sign flips whose worst statistic over slices `k` and all milder ones reaches `t_K[k]`: max-T before monotony."
     rng, order = np.random.default_rng(seed), np.argsort(-t_K)
@@ -157,7 +157,7 @@ def adjusted_p(diff_CK, flips=4000, seed=0):
     p_K[order] = np.maximum.accumulate(p_K[order])
     return t_K, p_K
 
-# %% ../nbs/08_release.ipynb #7d732c4d
+# %% ../nbs/08_release.ipynb #e170ab39
 @dataclass(frozen=True)
 class SliceResult:
     "What the gate found in one slice; differences are candidate minus live, signed so that negative is worse."
@@ -177,7 +177,7 @@ class SliceResult:
     blocks:bool # Holds the release
     lost:tuple=() # (clip, id, question, live answer, candidate answer) of what was lost
 
-# %% ../nbs/08_release.ipynb #1f08dafd
+# %% ../nbs/08_release.ipynb #e6f8d66c
 @dataclass(frozen=True)
 class GateDecision:
     "Whether a candidate may go on, why, and what to look at."
@@ -193,7 +193,7 @@ class GateDecision:
     def to_dict(self): return dict(asdict(self), passed=self.passed)
     def __str__(self): return "\n".join([("BLOCKED" if self.blocked else "PASSED")+f" ({len(self.slices)} slices)", *self.reasons, *(f"warning: {w}" for w in self.warnings)])
 
-# %% ../nbs/08_release.ipynb #69094354
+# %% ../nbs/08_release.ipynb #aa1770ab
 def _lost(pairs, s, show):
     "The questions of slice `s` where the candidate did worse, worst first."
     out = [((1 if s.higher_is_better else -1)*(s.value(c)-s.value(l)), c, l) for c, l in pairs if s.takes(l)]
@@ -207,7 +207,7 @@ def _verdict(s, eps, diff, lo1, p, cfg):
     if lo1 >= -eps: return "non-inferior", False
     return "unproven", s.strict
 
-# %% ../nbs/08_release.ipynb #d7fcde16
+# %% ../nbs/08_release.ipynb #e36ef794
 def gate(candidate_preds, live_preds, slices=None, epsilon=None, alpha=None, cfg=GateConfig())->GateDecision:
     "Decide whether the candidate may replace live: paired, clustered by clip, family-wise over `slices` (default: overall and by skill)."
     if epsilon is not None or alpha is not None: cfg = replace(cfg, epsilon=cfg.epsilon if epsilon is None else epsilon, alpha=cfg.alpha if alpha is None else alpha)
@@ -227,7 +227,7 @@ def gate(candidate_preds, live_preds, slices=None, epsilon=None, alpha=None, cfg
             float(mean_K[k]), float(lo_K[k]), float(hi_K[k]), float(p_K[k]), eps, float(far), verdict, blocks, _lost(pairs, s, cfg.show)))
     return _decide(found, cfg)
 
-# %% ../nbs/08_release.ipynb #efdc795c
+# %% ../nbs/08_release.ipynb #3ee06372
 def _decide(found, cfg):
     "Put slice results together into a decision with reasons in words."
     found = sorted(found, key=lambda r: (not r.blocks, r.p, r.diff))
@@ -236,7 +236,7 @@ def _decide(found, cfg):
     warn = tuple(f"{r.name}: {r.clips} clips cannot show a fall below {r.detectable:.3f}" for r in found if r.verdict == "unproven" and not r.blocks)
     return GateDecision(any(r.blocks for r in found), tuple(why(r) for r in found if r.blocks), tuple(found), cfg, warn)
 
-# %% ../nbs/08_release.ipynb #296f9281
+# %% ../nbs/08_release.ipynb #3d40bb79
 def plot_gate(decision, ax=None):
     "Forest plot of a `GateDecision`: differences with 95% intervals against the tolerated fall. Returns the axes."
     import matplotlib.pyplot as plt
@@ -249,7 +249,7 @@ def plot_gate(decision, ax=None):
     ax.set_xlabel("candidate - live (negative is worse); grey: tolerated"); ax.set_title("BLOCKED" if decision.blocked else "PASSED")
     return ax
 
-# %% ../nbs/08_release.ipynb #ce261baa
+# %% ../nbs/08_release.ipynb #17fc2033
 def simulate_gate(n=400, clips=200, slices=8, q=1, churn=0.02, fall=0., spread=1., seed=0, cfg=GateConfig(flips=2000)):
     "`(share blocked, share blocked for the slice that fell)` over `n` made-up candidates; `spread` is the clip-to-clip spread of churn."
     rng, blocked, caught = np.random.default_rng(seed), 0, 0
@@ -263,7 +263,7 @@ def simulate_gate(n=400, clips=200, slices=8, q=1, churn=0.02, fall=0., spread=1
         blocked += worse.any(); caught += worse[0]
     return blocked/n, caught/n
 
-# %% ../nbs/08_release.ipynb #f18bfd90
+# %% ../nbs/08_release.ipynb #f4ca36c0
 def hash_folder(folder)->str:
     "sha256 over the relative names and bytes of all files: the identity of a checkpoint."
     folder, h = Path(folder), hashlib.sha256()
@@ -281,7 +281,7 @@ def write_atomic(path, text):
     with tmp.open("w", encoding="utf-8") as f: f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path); return path
 
-# %% ../nbs/08_release.ipynb #9339c10e
+# %% ../nbs/08_release.ipynb #480491a5
 START = dict(seq=0, live=None, canary=None, percent=0, salt="", previous=[], since="", shadow=None, shadow_share=0.)
 STEPS = (1, 10, 100) # Percent of traffic on a canary
 
@@ -299,7 +299,7 @@ def _mlflow(db):
     uri = f"sqlite:///{Path(db).absolute()}"
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
-# %% ../nbs/08_release.ipynb #5f50f60f
+# %% ../nbs/08_release.ipynb #e0aeb46d
 class Registry:
     "Versions of one model with their states; every change is one transaction and is logged with who, when and why."
     def __init__(self, folder, model="video-vlm"):
@@ -332,7 +332,7 @@ class Registry:
         tags, seq = self.tags(), self.state()["seq"]
         return [json.loads(v) for k, v in sorted(tags.items()) if k.startswith("event.") and int(k[6:]) <= seq]
 
-# %% ../nbs/08_release.ipynb #cee51807
+# %% ../nbs/08_release.ipynb #46550d07
 @patch
 def _mirror(self:Registry, state):
     "Bring what others read (MLflow aliases, `serving.json`) in line with the state row."
@@ -346,7 +346,7 @@ def _mirror(self:Registry, state):
     text = json.dumps(out, indent=1, sort_keys=True)
     if not path.exists() or path.read_text() != text: write_atomic(path, text)
 
-# %% ../nbs/08_release.ipynb #4289f150
+# %% ../nbs/08_release.ipynb #83223a09
 def _state_of(v, state, history):
     "State of version `v`: live, canary, retired (has served or was turned down) or candidate."
     if v == state["live"]: return "live"
@@ -373,7 +373,7 @@ def versions(self:Registry)->list:
     state, history = self.state(), self.history()
     return sorted((self._row(v, state, history) for v in self.client.search_model_versions(f"name='{self.model}'")), key=lambda r: r["version"])
 
-# %% ../nbs/08_release.ipynb #7b260b9c
+# %% ../nbs/08_release.ipynb #3880c5b6
 @patch
 def _card(self:Registry, doc):
     "Keep a JSON document under its hash; returns the path inside the registry."
@@ -405,7 +405,7 @@ def verify(self:Registry, version):
     r = self.get(version); h = hash_folder(r["checkpoint"])
     if h != r["hash"]: raise ReleaseError(f"version {version}: {r['checkpoint']} has changed since it was registered ({r['hash'][:12]} is now {h[:12]})")
 
-# %% ../nbs/08_release.ipynb #920f29f5
+# %% ../nbs/08_release.ipynb #31ebd767
 @patch
 def promote(self:Registry, version, who=None, why="", force=False, expect=None)->dict:
     "Move a version one step: candidate -> canary 1 -> 10 -> 100 percent -> live. `expect`: refuse unless the state still has this `seq`."
@@ -437,7 +437,7 @@ def rollback(self:Registry, who=None, why="", expect=None)->dict:
         if not s["previous"]: raise ReleaseError("nothing to roll back to: no canary and no earlier live version")
         return self.commit(dict(s, live=s["previous"][0], previous=s["previous"][1:], since=now()), "rollback", who, why)
 
-# %% ../nbs/08_release.ipynb #e1576ffe
+# %% ../nbs/08_release.ipynb #35f53922
 def unit_hash(*parts)->float:
     "A number in [0, 1) from strings: same everywhere, unrelated between salts."
     h = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
@@ -460,7 +460,7 @@ class Router:
     def route(self, key): return route(self.state(), key)
     def adapter(self, version): return f"{self.state().get('model', 'video-vlm')}-v{version}"
 
-# %% ../nbs/08_release.ipynb #9f21abb5
+# %% ../nbs/08_release.ipynb #6b61c98c
 def show_registry(reg)->str:
     "A table of versions for the terminal."
     rows = [("version","state","parent","data","who","when","gate")]
@@ -474,18 +474,18 @@ def show_version(folder, version): "One version as a dict."; return Registry(fol
 def promote(folder, version, who=None, why="", force=False): "One step forward; see `Registry.promote`."; return Registry(folder).promote(version, who, why, force)
 def rollback(folder, who=None, why=""): "One step back; see `Registry.rollback`."; return Registry(folder).rollback(who, why)
 
-# %% ../nbs/08_release.ipynb #64ae90c0
+# %% ../nbs/08_release.ipynb #a3b1d44e
 def mixture_rho(information, alpha=0.05):
     "The mixture parameter that makes the sequence tightest near this information (1/se^2). Howard et al. (2021), section 3.5."
     from scipy.special import lambertw
-    return float(information/(-lambertw(-alpha**2*np.exp(-1), -1).real-1))
+    return information/(-lambertw(-alpha**2*np.exp(-1), -1).real-1)
 
 def sequence_radius(se, alpha=0.05, planned_se=0.02):
     "Half-width of an always-valid `1-alpha` interval around an estimate with standard error `se`; tightest near `planned_se`."
     v, rho = 1/np.maximum(se, 1e-12)**2, mixture_rho(1/planned_se**2, alpha)
     return np.sqrt((v+rho)*np.log((v+rho)/(rho*alpha**2)))/v
 
-# %% ../nbs/08_release.ipynb #f9751abb
+# %% ../nbs/08_release.ipynb #8d135034
 @dataclass(frozen=True)
 class Guardrail:
     "A share of requests that must stay low."
@@ -507,7 +507,7 @@ class CanaryConfig:
     min_requests:int=500 # Canary requests at a step before it may go on
     planned_se:float=0.005 # Where the interval of live's share is tightest
 
-# %% ../nbs/08_release.ipynb #2b74b211
+# %% ../nbs/08_release.ipynb #2153c342
 def share_evidence(k, n, p0):
     "Log of the always-valid evidence that a share exceeds `p0` after `k` of `n`: uniform mixture over (p0, 1) against p0. Robbins (1970)."
     from scipy.special import betaincc, betaln, xlog1py, xlogy
@@ -524,7 +524,7 @@ def clustered_share(values, keys):
     ss = max(((total-m*v.mean())**2).sum()*len(m)/max(len(m)-1, 1), binomial)
     return float(v.mean()), float(np.sqrt(ss)/(len(v)+1)), len(v), float(ss/binomial)
 
-# %% ../nbs/08_release.ipynb #3a33721e
+# %% ../nbs/08_release.ipynb #5778e896
 def judge_guardrail(g, records, cfg):
     "One guardrail: `{name, live, canary, over, allowed, n_live, n_canary, bad}`, valid at every look."
     arm = {a: [r for r in records if r["variant"] == a] for a in ("live", "canary")}
@@ -535,7 +535,7 @@ def judge_guardrail(g, records, cfg):
     bad = [p0 for p0 in allowed if p0 < 1 and share_evidence(mc*nc/design, nc/design, p0) > -np.log(alpha)]
     return dict(name=g.name, live=ml, canary=mc, over=mc-ml if nl else 0., allowed=min(allowed, default=1.), n_live=nl, n_canary=nc, bad=bool(bad))
 
-# %% ../nbs/08_release.ipynb #f7f4cf17
+# %% ../nbs/08_release.ipynb #c1ff0f94
 @dataclass(frozen=True)
 class CanaryVerdict:
     "What to do with a canary now."
@@ -561,7 +561,7 @@ def run_canary(reg, records, cfg=CanaryConfig(), who="canary")->CanaryVerdict:
     if v.action == "advance": reg.promote(s["canary"], who, "; ".join(v.reasons)[:1000], expect=s["seq"])
     return v
 
-# %% ../nbs/08_release.ipynb #38d7bac6
+# %% ../nbs/08_release.ipynb #11c8f235
 def simulate_canary(n=300, looks=30, per_look=2000, share=0.1, live=0.01, canary=0.01, seed=0, cfg=CanaryConfig()):
     "`(share rolled back, median interval of the rollback)` by the error guardrail alone, over `n` made-up canaries."
     rng, g = np.random.default_rng(seed), cfg.guardrails[0]
@@ -575,7 +575,7 @@ def simulate_canary(n=300, looks=30, per_look=2000, share=0.1, live=0.01, canary
     first = bad.argmax(1)[bad.any(1)]+1
     return float(bad.any(1).mean()), float(np.median(first)) if len(first) else None
 
-# %% ../nbs/08_release.ipynb #bc1f69bc
+# %% ../nbs/08_release.ipynb #8c544e52
 @patch
 def shadow(self:Registry, version, share=0.05, who=None, why="")->dict:
     "Let a version answer a copy of `share` of the traffic unseen; `version=None` ends it."
@@ -589,7 +589,7 @@ def compare_shadow(rows, same=lambda a, b: a.strip().lower() == b.strip().lower(
     m, se, n, _ = clustered_share(ok, [r.get("key", i) for i, r in enumerate(rows)])
     return dict(agreement=m, ci95=(max(0, m-1.96*se), min(1, m+1.96*se)), n=n, differ=[r for r, o in zip(rows, ok) if not o])
 
-# %% ../nbs/08_release.ipynb #37ce5c59
+# %% ../nbs/08_release.ipynb #c03198ac
 @patch
 def find_notes(self:Registry, text)->list:
     "Where `text` occurs in notes, reasons and cards: `[(kind, key)]`."

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARCH', 'VLLM_ENV', 'ENGINES', 'BadRequest', 'EngineBusy', 'EngineDown', 'UnknownAdapter', 'EngineConfig', 'Request',
-           'Usage', 'Delta', 'prompt_ids', 'full_ids', 'load_processor', 'tiny_checkpoint', 'fake_tokens', 'register',
-           'video_item', 'checked_item', 'vllm_args', 'VLLMEngine', 'check_room', 'TextStream', 'sample', 'DecodeBatch',
-           'TransformersEngine', 'has_vllm', 'make_engine', 'collect']
+           'Usage', 'Delta', 'prompt_ids', 'full_ids', 'load_processor', 'full_checkpoint', 'load_encoder',
+           'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'vllm_args', 'VLLMEngine',
+           'check_room', 'TextStream', 'sample', 'DecodeBatch', 'TransformersEngine', 'has_vllm', 'make_engine',
+           'collect']
 
-# %% ../nbs/09_serving.ipynb #e14c807c
+# %% ../nbs/09_serving.ipynb #8dea96c0
 import asyncio, functools, itertools, json, os, threading, time, uuid
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from .data import VideoVLMError
 
-# %% ../nbs/09_serving.ipynb #25d6f75e
+# %% ../nbs/09_serving.ipynb #1c018ce9
 class BadRequest(VideoVLMError):
     "The request cannot be answered as it stands (HTTP 400)."
     code = "bad_request"
@@ -34,7 +35,7 @@ class UnknownAdapter(BadRequest):
     "No adapter of that name is loaded (HTTP 404)."
     code = "unknown_model"
 
-# %% ../nbs/09_serving.ipynb #8deaaf5f
+# %% ../nbs/09_serving.ipynb #18a589f7
 @dataclass(frozen=True)
 class EngineConfig:
     "How an engine runs; the checkpoint decides everything else."
@@ -57,7 +58,7 @@ class EngineConfig:
         if bad: raise VideoVLMError(f"EngineConfig: {', '.join(bad)} must be at least 1")
         if self.adapters and not self.max_loras: object.__setattr__(self, "max_loras", len(self.adapters))
 
-# %% ../nbs/09_serving.ipynb #a515232d
+# %% ../nbs/09_serving.ipynb #7eb4da6c
 @dataclass(frozen=True)
 class Request:
     "One question. `videos` stand for the video parts of `messages`, in order."
@@ -94,7 +95,7 @@ class Delta:
     finish_reason:str|None = None # stop, length or abort
     usage:Usage|None = None # On the very last delta
 
-# %% ../nbs/09_serving.ipynb #97f0b3e2
+# %% ../nbs/09_serving.ipynb #f626afe4
 def prompt_ids(processor, messages:list) -> list:
     "Token ids of a chat with one placeholder per video: what the vLLM plug-in expands."
     from video_vlm.model import VIDEO, text_ids
@@ -114,7 +115,37 @@ def load_processor(checkpoint):
     try: return VideoVLMProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError) as e: raise VideoVLMError(f"no model at {checkpoint!r}: give a checkpoint folder, or a hub id where there is a network ({str(e).splitlines()[0][:120]})") from None
 
-# %% ../nbs/09_serving.ipynb #ce02a43f
+# %% ../nbs/09_serving.ipynb #5d525dd6
+def full_checkpoint(checkpoint) -> str:
+    "A folder that an engine can load: `checkpoint` itself, or its merged copy in the cache where it is a light one."
+    import hashlib, subprocess, sys
+    from video_vlm.model import cache_folder
+    folder = Path(checkpoint)
+    if not (folder/"video_vlm.json").exists(): return str(checkpoint)
+    facts = sorted((str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*") if f.is_file())
+    out = cache_folder()/"full"/hashlib.sha256(repr((str(folder.resolve()), facts)).encode()).hexdigest()[:24]
+    if not (out/"config.json").exists():
+        code = "import sys; from video_vlm.model import load_model, save_checkpoint; save_checkpoint(*load_model(sys.argv[1], device='cpu'), sys.argv[2])"
+        p = subprocess.run([sys.executable, "-c", code, str(folder), str(out)], capture_output=True, text=True)
+        if p.returncode: raise VideoVLMError(f"{folder}: the light checkpoint could not be completed: {p.stderr.strip().splitlines()[-1][:200] if p.stderr.strip() else p.returncode}")
+    return str(out)
+
+def load_encoder(checkpoint):
+    "Only the video encoder of a checkpoint, float32: what a gateway needs beside an engine."
+    from safetensors import safe_open
+    from video_vlm.encoder import VideoEncoder
+    from video_vlm.model import VideoVLMConfig
+    folder = Path(full_checkpoint(checkpoint))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        folder = Path(snapshot_download(str(checkpoint)))
+    encoder, state = VideoEncoder(VideoVLMConfig.from_pretrained(folder).encoder_config), {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as f: state.update({k[len("encoder."):]: f.get_tensor(k).float() for k in f.keys() if k.startswith("encoder.")})
+    encoder.load_state_dict(state)
+    return encoder.eval()
+
+# %% ../nbs/09_serving.ipynb #b7a0870c
 def tiny_checkpoint(folder, seed:int=0, layers:int=2) -> str:
     "Writes a small random checkpoint (model and tokenizer) for examples and tests."
     import torch
@@ -140,14 +171,14 @@ def fake_tokens(moments:int, seed:int=0, width:int=64, n:int=16):
     x = np.random.default_rng(seed).normal(size=(moments, n, width)).astype(np.float16)
     return VisualTokens(x, np.arange(moments)/2, np.arange(moments)/2+.5, f"fake-{moments}-{seed}-{n}")
 
-# %% ../nbs/09_serving.ipynb #8532a7d4
+# %% ../nbs/09_serving.ipynb #e264f567
 ARCH = "VideoVLMForConditionalGeneration"
 
 def register():
     "The plug-in's entry point: tells vLLM and transformers about the model. Safe to call again."
     import video_vlm.model # registers config and processor with transformers
     from vllm import ModelRegistry
-    if ARCH not in ModelRegistry.get_supported_archs(): ModelRegistry.register_model(ARCH, "video_vlm.serving:VLLMModel")
+    if ARCH not in ModelRegistry.get_supported_archs(): ModelRegistry.register_model(ARCH, _vllm_model()) # the class, not its name: by name vLLM would look at it in a process of its own, 8 s on every first start
 
 def video_item(video) -> dict:
     "What the plug-in takes for one video: `{tokens, starts}` (stored) or `{frames, times}`; also `VisualTokens` or frames as vLLM's own loaders give them."
@@ -158,7 +189,7 @@ def video_item(video) -> dict:
     fps, idx = float((meta or {}).get("fps") or 1.), (meta or {}).get("frames_indices")
     return dict(frames=np.asarray(frames), times=np.asarray(range(len(frames)) if idx is None else idx)/fps)
 
-# %% ../nbs/09_serving.ipynb #12c69c5a
+# %% ../nbs/09_serving.ipynb #1b5706df
 def checked_item(item:dict, config) -> dict:
     "An item's arrays for the model: tokens `[M, N, D]` or frames `[T, S, S, 3]` (the other empty) and starts `[M]`. Raises `BadRequest`."
     import torch
@@ -176,7 +207,7 @@ def checked_item(item:dict, config) -> dict:
         f = np.stack([np.asarray(Image.fromarray(x).resize((S, S), Image.BILINEAR, reducing_gap=2.)) for x in f])
     return dict(video_tokens=torch.zeros(0, N, D, dtype=torch.float16), video_starts=torch.as_tensor(s[::g].copy()), video_frames=torch.as_tensor(f))
 
-# %% ../nbs/09_serving.ipynb #7ab0f6d5
+# %% ../nbs/09_serving.ipynb #c5254a44
 @functools.cache
 def _vllm_info():
     import torch
@@ -207,7 +238,7 @@ def _vllm_info():
             return {"video": [one]*mm_counts.get("video", 0)}
     return Info, Dummy
 
-# %% ../nbs/09_serving.ipynb #20cc5ded
+# %% ../nbs/09_serving.ipynb #553419bf
 @functools.cache
 def _vllm_processor():
     from types import SimpleNamespace
@@ -235,7 +266,7 @@ def _vllm_processor():
             return [PromptReplacement(modality="video", target=[cfg.video_token_id], replacement=expand)]
     return Processor
 
-# %% ../nbs/09_serving.ipynb #15a6ebe2
+# %% ../nbs/09_serving.ipynb #e76ac0e3
 @functools.cache
 def _vllm_model():
     import torch
@@ -286,11 +317,7 @@ def _vllm_model():
             return AutoWeightsLoader(self).load_weights((k, v) for k, v in weights if self.encoder is not None or not k.startswith("encoder."))
     return VLLMModel
 
-def __getattr__(name):
-    if name == "VLLMModel": return _vllm_model()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-# %% ../nbs/09_serving.ipynb #0429181e
+# %% ../nbs/09_serving.ipynb #4f3995e5
 VLLM_ENV = dict(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_WORKER_MULTIPROC_METHOD="spawn", VLLM_ENABLE_V1_MULTIPROCESSING="0",
                 VLLM_CPU_OMP_THREADS_BIND="nobind", TOKENIZERS_PARALLELISM="false")
 
@@ -305,11 +332,12 @@ def vllm_args(cfg:EngineConfig, cpu:bool=True, context:int=2048) -> dict:
     if cpu: out.update(enforce_eager=True, block_size=32, distributed_executor_backend="uni")
     return out
 
-# %% ../nbs/09_serving.ipynb #8c825569
+# %% ../nbs/09_serving.ipynb #1013a824
 class VLLMEngine:
     "vLLM behind the engine interface: `start`, `generate`, `abort`, `load_adapter`, `drop_adapter`, `stats`, `stop`."
     name = "vllm"
     def __init__(self, cfg:EngineConfig):
+        cfg = replace(cfg, checkpoint=full_checkpoint(cfg.checkpoint))
         self.cfg, self.processor = cfg, load_processor(cfg.checkpoint)
         self.llm, self.watcher, self.running, self.restarts, self.adapters, self.stopping = None, None, 0, 0, {}, False
         self.video_id = self.processor.tokenizer.convert_tokens_to_ids("<|video|>")
@@ -361,12 +389,14 @@ def _context(checkpoint) -> int:
     from video_vlm.model import VideoVLMConfig
     return VideoVLMConfig.from_pretrained(checkpoint).get_text_config().max_position_embeddings
 
-# %% ../nbs/09_serving.ipynb #3fba309c
-def _params(req:Request, room:int):
+# %% ../nbs/09_serving.ipynb #dc42e3f3
+def _params(req:Request, room:int, processor):
+    from video_vlm.model import VIDEO, stop_ids
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
     extra = dict(structured_outputs=StructuredOutputsParams(json=req.schema)) if req.schema else {}
     return SamplingParams(n=req.n, temperature=req.temperature, top_p=req.top_p, max_tokens=min(req.max_tokens, room), stop=list(req.stop) or None,
+                          stop_token_ids=None if req.ignore_eos else stop_ids(processor), logit_bias={processor.tokenizer.convert_tokens_to_ids(VIDEO): -100.}, # a model may not say "video"
                           seed=req.seed, ignore_eos=req.ignore_eos, output_kind=RequestOutputKind.DELTA, **extra)
 
 def check_room(n_prompt:int, context:int) -> int:
@@ -387,7 +417,7 @@ async def _vllm_generate(self, req:Request):
     if req.videos: prompt.update(multi_modal_data={"video": list(req.videos)}, multi_modal_uuids={"video": [v.key or None for v in req.videos]})
     self.running += 1; n_out = 0
     try:
-        async with aclosing(llm.generate(prompt, _params(req, room), req.id, lora_request=lora, priority=req.priority)) as stream:
+        async with aclosing(llm.generate(prompt, _params(req, room, self.processor), req.id, lora_request=lora, priority=req.priority)) as stream:
             async for o in stream:
                 n_out += sum(len(c.token_ids) for c in o.outputs)
                 usage = self._usage(o, n_out) if o.finished else None
@@ -402,7 +432,7 @@ def _vllm_usage(self, o, n_out) -> Usage:
 
 VLLMEngine.generate, VLLMEngine._usage = _vllm_generate, _vllm_usage
 
-# %% ../nbs/09_serving.ipynb #31d4e504
+# %% ../nbs/09_serving.ipynb #693d5ab4
 async def _load_adapter(self, name:str, folder):
     "Make a LoRA adapter available under `name`."
     from vllm.lora.request import LoRARequest
@@ -429,7 +459,7 @@ def _stats(self) -> dict: return dict(engine=self.name, running=self.running, re
 
 VLLMEngine.load_adapter, VLLMEngine.drop_adapter, VLLMEngine._adapter, VLLMEngine.abort, VLLMEngine.stats = _load_adapter, _drop_adapter, _adapter, _abort, _stats
 
-# %% ../nbs/09_serving.ipynb #80ac285e
+# %% ../nbs/09_serving.ipynb #2f114dd8
 class TextStream:
     "Token ids in, printable text out: holds back half characters and what may become a stop string."
     def __init__(self, tokenizer, stop=()): self.tokenizer, self.stop, self.ids, self.sent, self.stopped = tokenizer, tuple(stop), [], 0, False
@@ -445,7 +475,7 @@ class TextStream:
         new = text[self.sent:]; self.sent = max(self.sent, len(text))
         return new
 
-# %% ../nbs/09_serving.ipynb #d6a681e2
+# %% ../nbs/09_serving.ipynb #0ad00204
 def sample(logits_V, temperature:float=0., top_p:float=1., generator=None) -> int:
     "The next token id: the likeliest, or one drawn from the smallest set that holds `top_p` of the probability."
     import torch
@@ -454,7 +484,7 @@ def sample(logits_V, temperature:float=0., top_p:float=1., generator=None) -> in
     p = torch.where(p.cumsum(-1)-p < top_p, p, 0)
     return int(order[torch.multinomial(p/p.sum(), 1, generator=generator)])
 
-# %% ../nbs/09_serving.ipynb #a1b61e59
+# %% ../nbs/09_serving.ipynb #cc5c59cf
 class DecodeBatch:
     "Rows that are decoded together; keys and values are padded on the left."
     def __init__(self): self.rows, self.layers, self.mask = [], [], None
@@ -493,7 +523,7 @@ class DecodeBatch:
         self.layers = [(l.keys, l.values) for l in cache.layers]
         return out.logits[:, -1]
 
-# %% ../nbs/09_serving.ipynb #afcf7b51
+# %% ../nbs/09_serving.ipynb #edfae8e3
 class _Row:
     "One answer of one request, and the queue of whoever waits for it."
     def __init__(self, req, index, ids, emit, tokenizer, room):
@@ -502,8 +532,9 @@ class _Row:
         self.text = TextStream(tokenizer, req.stop)
         self.generator = None if req.seed is None else torch.Generator().manual_seed(req.seed+index)
 
-    def take(self, logits, eos) -> bool:
+    def take(self, logits, eos, never) -> bool:
         "Choose the next token and hand it on; True when the row has ended."
+        logits = logits.clone(); logits[never] = float("-inf")
         t = sample(logits, self.req.temperature, self.req.top_p, self.generator)
         self.out.append(t)
         ended = t in eos and not self.req.ignore_eos
@@ -513,19 +544,19 @@ class _Row:
         self.emit(Delta(new, (t,), self.index, why))
         return why is not None
 
-# %% ../nbs/09_serving.ipynb #974dec63
+# %% ../nbs/09_serving.ipynb #89e99c6d
 class TransformersEngine:
     "transformers in a thread of this process, behind the engine interface."
     name = "transformers"
     def __init__(self, cfg:EngineConfig):
         import torch
-        from video_vlm.model import VideoVLMForConditionalGeneration
+        from video_vlm.model import VideoVLMForConditionalGeneration, stop_ids
+        cfg = replace(cfg, checkpoint=full_checkpoint(cfg.checkpoint))
         self.cfg, self.processor = cfg, load_processor(cfg.checkpoint)
         self.model = VideoVLMForConditionalGeneration.from_pretrained(cfg.checkpoint, dtype=getattr(torch, cfg.dtype)).eval()
         self.video_id = self.processor.tokenizer.convert_tokens_to_ids("<|video|>")
         self.context = cfg.max_model_len or _context(cfg.checkpoint)
-        eos = self.model.generation_config.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos]) | {self.processor.tokenizer.eos_token_id}
+        self.eos = set(stop_ids(self.processor))
         self.waiting, self.batch, self.wake, self.running, self.thread, self.stopping = [], DecodeBatch(), threading.Condition(), 0, None, False
         self.adapters, self.restarts = {}, 0
 
@@ -548,9 +579,9 @@ class TransformersEngine:
         import torch
         cache, v = DynamicCache(), row.req.videos
         out = self.model(input_ids=torch.tensor([row.ids]), visual_tokens=stack_tokens(v) if v else None, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if not row.take(out.logits[0, -1], self.eos): self.batch.join(row, cache)
+        if not row.take(out.logits[0, -1], self.eos, self.video_id): self.batch.join(row, cache)
 
-# %% ../nbs/09_serving.ipynb #13945221
+# %% ../nbs/09_serving.ipynb #2406863d
 def _tf_loop(self):
     import torch
     with torch.inference_mode():
@@ -572,12 +603,12 @@ def _tf_guard(self, rows, fn):
 
 def _tf_step(self):
     logits = self.batch.step(self.model)
-    ended = [r for r, l in zip(self.batch.rows, logits) if r.take(l, self.eos)]
+    ended = [r for r, l in zip(self.batch.rows, logits) if r.take(l, self.eos, self.video_id)]
     if ended: self.batch.drop(ended)
 
 TransformersEngine._loop, TransformersEngine._step = _tf_loop, _tf_step
 
-# %% ../nbs/09_serving.ipynb #5b04291f
+# %% ../nbs/09_serving.ipynb #dc732819
 async def _tf_generate(self, req:Request):
     "Yields `Delta`s; closing the generator takes its rows out of the batch."
     if not self.ready: raise EngineDown("the engine is not running")
@@ -608,7 +639,7 @@ async def _tf_abort(self, id):
 
 TransformersEngine.generate, TransformersEngine.abort, TransformersEngine.stats = _tf_generate, _tf_abort, _stats
 
-# %% ../nbs/09_serving.ipynb #c0783f99
+# %% ../nbs/09_serving.ipynb #7272d2f8
 ENGINES = dict(vllm=VLLMEngine, transformers=TransformersEngine)
 
 def has_vllm() -> bool:

@@ -7,7 +7,7 @@ __all__ = ['PREPROCESSING', 'DTYPES', 'token_key', 'quantise', 'dequantise', 'in
            'label', 'read_header', 'unpack', 'TokenStore', 'Ledger', 'file_id', 'source_of', 'make_tokens',
            'visual_tokens']
 
-# %% ../nbs/03a_store.ipynb #47378a7f
+# %% ../nbs/03a_store.ipynb #723753ab
 import hashlib, json, math, os, re, threading, time, uuid, weakref
 from collections import Counter, OrderedDict
 from concurrent.futures import CancelledError, Future
@@ -23,7 +23,7 @@ from .data import VideoVLMError, content_id as hash_file
 from .encoder import VisualTokens
 from .frames import read_frames
 
-# %% ../nbs/03a_store.ipynb #9e835d74
+# %% ../nbs/03a_store.ipynb #de7abdfe
 PREPROCESSING = "video_vlm.frames/1"   # change it when decoding or resizing changes what the encoder sees
 
 def token_key(content_id:str, # sha256 of the video's bytes
@@ -39,7 +39,7 @@ def token_key(content_id:str, # sha256 of the video's bytes
         h.update(len(raw).to_bytes(8, "little")+raw)
     return h.hexdigest()
 
-# %% ../nbs/03a_store.ipynb #695e6d84
+# %% ../nbs/03a_store.ipynb #6ee1cb4e
 def quantise(tokens:np.ndarray # float16 [M, N, D], finite
             )->tuple: # int8 [M, N, D], float32 scale of each token [M, N, 1], float32 scale of each dimension [D]
     "Symmetric int8 with a scale for each token and one for each dimension."
@@ -60,7 +60,7 @@ def int8_error(tokens:np.ndarray # float16 [M, N, D]
     x, back = tokens.astype(np.float32), dequantise(*quantise(tokens)).astype(np.float32)
     return float((np.linalg.norm(x-back, axis=-1)/np.maximum(np.linalg.norm(x, axis=-1), 1e-9)).max())
 
-# %% ../nbs/03a_store.ipynb #fcd13371
+# %% ../nbs/03a_store.ipynb #fbeccaa0
 class DamagedEntry(VideoVLMError):
     "A file of the store that is not what its name and checksum say."
     code = "damaged_entry"
@@ -76,7 +76,7 @@ def checksum(arrays:dict, meta:dict)->str:
 
 def pack(vt:VisualTokens, content_id:str="", tenant:str="", int8:bool=False)->bytes:
     "`VisualTokens` as the bytes of a safetensors file."
-    arrays = dict(tokens=np.ascontiguousarray(vt.tokens, np.float16), starts=np.asarray(vt.starts, np.float64), ends=np.asarray(vt.ends, np.float64))
+    arrays = dict(tokens=np.ascontiguousarray(vt.tokens, np.float16), starts=np.ascontiguousarray(vt.starts, np.float64), ends=np.ascontiguousarray(vt.ends, np.float64))
     if int8 and np.isfinite(arrays["tokens"]).all(): arrays["tokens"], arrays["scale"], arrays["dims"] = quantise(arrays["tokens"])
     meta = dict(format="video_vlm.tokens/1", key=vt.key, content=label("content", content_id), tenant=label("tenant", tenant))
     return save(arrays, {**meta, "checksum": checksum(arrays, meta)})
@@ -85,7 +85,7 @@ def label(kind, name)->str:
     "A file name for any content id or tenant: a hash, so that no name can point elsewhere."
     return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()
 
-# %% ../nbs/03a_store.ipynb #e09f02fc
+# %% ../nbs/03a_store.ipynb #ccd19196
 DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I8=np.int8)
 
 def read_header(raw)->tuple:
@@ -103,8 +103,10 @@ def unpack(raw:bytes, # The whole file
         tensors, meta, base = read_header(raw)
         def view(t):
             a, b = t["data_offsets"]; dtype = np.dtype(DTYPES[t["dtype"]])
-            return np.frombuffer(raw, dtype, (b-a)//dtype.itemsize, base+a).reshape(t["shape"])
+            if b-a != math.prod(t["shape"])*dtype.itemsize: raise DamagedEntry("sizes differ")
+            return np.frombuffer(raw, dtype, math.prod(t["shape"]), base+a).reshape(t["shape"])
         arrays = {k: view(t) for k, t in tensors.items()}
+        if base+sum(a.nbytes for a in arrays.values()) != len(raw): raise DamagedEntry("bytes left over")
         if meta["key"] != key: raise DamagedEntry("another entry's file")
         if meta["checksum"] != checksum(arrays, meta): raise DamagedEntry("checksum differs")
         tokens = dequantise(*(arrays[k] for k in ("tokens", "scale", "dims"))) if "scale" in arrays else arrays["tokens"]
@@ -113,7 +115,7 @@ def unpack(raw:bytes, # The whole file
     except DamagedEntry: raise
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, VideoVLMError) as e: raise DamagedEntry(f"unreadable: {e}") from e
 
-# %% ../nbs/03a_store.ipynb #82268497
+# %% ../nbs/03a_store.ipynb #78e085ed
 _STORES = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [s._fresh() for s in list(_STORES)])   # a lock held by another thread at the fork would stay locked
 
@@ -147,7 +149,7 @@ class TokenStore:
             with suppress(OSError):
                 if time.time()-f.stat().st_mtime > older: f.unlink()
 
-# %% ../nbs/03a_store.ipynb #434fd403
+# %% ../nbs/03a_store.ipynb #685c58f1
 @patch
 def _touch(self:TokenStore, path, mtime):
     if time.time()-mtime > self.touch_s:
@@ -183,7 +185,7 @@ def get(self:TokenStore, key:str)->VisualTokens|None:
     if vt is None: self.count("misses")
     return vt
 
-# %% ../nbs/03a_store.ipynb #3af19f28
+# %% ../nbs/03a_store.ipynb #7566add1
 @patch
 def put(self:TokenStore, vt:VisualTokens, content_id:str="", tenant:str="", era=None)->VisualTokens:
     "Store tokens under `vt.key`. `era` (from `_era`) refuses what was begun before an erasure. Returns them as they will be read."
@@ -219,7 +221,7 @@ def _forget(self:TokenStore, path)->int:
     with self._mutex: self._memory.pop(path.stem, None)
     return size
 
-# %% ../nbs/03a_store.ipynb #05d0e9e9
+# %% ../nbs/03a_store.ipynb #d7eff4de
 class Ledger:
     "The total size of all entries, as all processes see it."
     def __init__(self, store): self.store, self.total = store, 0
@@ -252,7 +254,7 @@ def _ledger(self:TokenStore):
         if ledger.total > self.max_bytes: ledger.evict(.9*self.max_bytes)
         file.write_text(str(ledger.total))
 
-# %% ../nbs/03a_store.ipynb #b7c2ccf2
+# %% ../nbs/03a_store.ipynb #3635a0fe
 @patch
 @contextmanager
 def _across(self:TokenStore, key):
@@ -299,7 +301,7 @@ def _fly(self:TokenStore, key, flight, fn, content_id, tenant):
         flight.cancel()   # nothing after a result; after a Ctrl-C it sends the waiters round again
     return flight.result()
 
-# %% ../nbs/03a_store.ipynb #61408f7f
+# %% ../nbs/03a_store.ipynb #18c04bb1
 @patch
 def _era(self:TokenStore, content_id, tenant)->tuple:
     "Changes whenever content or tenant is erased."
@@ -308,7 +310,7 @@ def _era(self:TokenStore, content_id, tenant)->tuple:
         except OSError: return ""
     return read(label("content", content_id)), read(label("tenant", tenant))
 
-# %% ../nbs/03a_store.ipynb #8ef87484
+# %% ../nbs/03a_store.ipynb #1868a79f
 @patch
 def erase(self:TokenStore, content_id:str|None=None, tenant:str|None=None)->int:
     "Delete every entry of a content, of a tenant, or of both together, in all processes at once. Returns how many there were."
@@ -338,7 +340,7 @@ def stats(self:TokenStore)->dict:
     c = self.counters; asked = c["hits"]+c["misses"]
     return dict(entries=len(sizes), bytes=sum(sizes), max_bytes=self.max_bytes, in_memory=len(self._memory), hit_rate=c["hits"]/asked if asked else None, **c)
 
-# %% ../nbs/03a_store.ipynb #ecd5faea
+# %% ../nbs/03a_store.ipynb #d017fe8f
 @lru_cache(4096)
 def _file_id(path, size, mtime_ns, inode): return hash_file(path)
 

@@ -7,7 +7,7 @@ __all__ = ['Recipe', 'connect', 'instruct', 'whole', 'rate', 'step_clips', 'pick
            'without_video', 'trainable', 'make_optimizers', 'save_state', 'load_state', 'TrainingError', 'train_step',
            'train', 'finish_training']
 
-# %% ../nbs/05_training.ipynb #6c642fe9
+# %% ../nbs/05_training.ipynb #6d0279cd
 import json, math, os, shutil, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from .data import VideoVLMError, finish_stage
 from .model import add_lora, collate_rows, save_checkpoint, training_rows
 
-# %% ../nbs/05_training.ipynb #8bf68635
+# %% ../nbs/05_training.ipynb #bbcdb310
 @dataclass(frozen=True)
 class Recipe:
     "What is trained, how, and for how long."
@@ -43,14 +43,14 @@ def connect(**kw): return replace(Recipe(name="connect", trains=("projector",), 
 def instruct(**kw): return replace(Recipe(name="instruct", trains=("projector", "lora"), lr=2e-4, projector_lr=5e-4), **kw)
 def whole(**kw): return replace(Recipe(name="whole", lr=1.5e-3, projector_lr=1e-3, optimizer="muon"), **kw)
 
-# %% ../nbs/05_training.ipynb #e09c1b2f
+# %% ../nbs/05_training.ipynb #a100ee26
 def rate(recipe, step):
     "Factor of the learning rate at `step`: linear warm-up, plateau, linear decay to 2%."
     up = max(1, round(recipe.steps*recipe.warmup))
     left = (recipe.steps-step)/max(1, recipe.steps*recipe.decay)
     return min((step+1)/up, 1., max(left, .02))
 
-# %% ../nbs/05_training.ipynb #a58b06b1
+# %% ../nbs/05_training.ipynb #5d01c365
 def step_clips(recipe, lengths, step):
     "Indexes of the clips of `step`: a permutation a pass, bucketed by `lengths` within windows of 16 steps."
     n, c = len(lengths), recipe.clips
@@ -68,7 +68,7 @@ def pick_questions(recipe, step, clip, n):
     "Which of the `n` samples of a clip are asked on this visit."
     return np.random.default_rng([recipe.seed, step, int(clip)]).permutation(n)[:recipe.questions]
 
-# %% ../nbs/05_training.ipynb #3522aa2a
+# %% ../nbs/05_training.ipynb #977bfa11
 @dataclass
 class ClipSet:
     "Training data: clip ids, their samples, and where their visual tokens come from."
@@ -83,13 +83,14 @@ class ClipSet:
         if not self.lengths: self.lengths = [self.tokens(i).n_tokens for i in self.ids]
 
 def make_batch(data, recipe, step, tokenizer, rank=0, world=1):
-    "The packed rows of this process at `step`, as one batch for `forward`."
-    rows = []
+    "The packed rows of this process at `step`, as one batch for `forward`, and `clips`: the ids whose video is in it, in order."
+    rows, seen = [], []
     for c in step_clips(recipe, data.lengths, step)[rank::world]:
         samples = [data.samples[c][i] for i in pick_questions(recipe, step, c, len(data.samples[c]))]
         if np.random.default_rng([recipe.seed, step, int(c), 1]).random() < recipe.blind: samples = [without_video(s) for s in samples]
+        else: seen.append(data.ids[c])
         rows.append(training_rows(samples, data.tokens(data.ids[c]), tokenizer))
-    return collate_rows(rows, tokenizer.pad_token_id)
+    return {**collate_rows(rows, tokenizer.pad_token_id), "clips": seen}
 
 def without_video(sample):
     "The same conversation with the video left out."
@@ -97,7 +98,7 @@ def without_video(sample):
     keep = lambda m: {**m, "content": [dict(type="text", text="from {:.1f}s to {:.1f}s".format(p["start"], p["end"])) if p["type"] == "span" else p for p in parts(m)] if not isinstance(m["content"], str) else m["content"]}
     return replace(sample, messages=[keep(m) for m in sample.messages])
 
-# %% ../nbs/05_training.ipynb #a95b390b
+# %% ../nbs/05_training.ipynb #c540ec33
 def trainable(model, recipe):
     "Freeze everything but the parts that the recipe trains; puts LoRA in if asked. Returns (language model params, projector params)."
     known = {"projector", "language_model", "lora"}
@@ -121,7 +122,7 @@ def make_optimizers(model, recipe):
     opts = [torch.optim.Muon(groups(fast, recipe.lr), adjust_lr_fn="match_rms_adamw", **kw)] if fast else []
     return opts+[torch.optim.AdamW(groups(slow, recipe.lr)+groups(proj, recipe.projector_lr), betas=(.9, .98), **kw)]
 
-# %% ../nbs/05_training.ipynb #77b503a8
+# %% ../nbs/05_training.ipynb #1775d069
 def save_state(model, opts, step, folder, keep=2):
     "Write `folder/step_N` atomically and drop all but the newest `keep`."
     folder = Path(folder)
@@ -150,16 +151,17 @@ def load_state(model, opts, folder):
     for o, s in zip(opts, state["opts"]): o.load_state_dict(s)
     return state["step"]
 
-# %% ../nbs/05_training.ipynb #e00c1103
+# %% ../nbs/05_training.ipynb #0ad5f4a7
 class TrainingError(VideoVLMError): "A run that cannot go on."
 
 def train_step(acc, model, opts, recipe, batch, step, extra=None):
-    "One optimiser step; returns what is logged. `extra(model, batch)` may add a loss."
+    "One optimiser step; returns what is logged. `extra(model, batch, clips)` may add a loss."
     n = (batch["labels"][:, 1:] != -100).sum().to(acc.device)
     total = acc.reduce(n, "sum")
-    batch = {k: v.to(acc.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    clips = batch["clips"]
+    batch = {k: v.to(acc.device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "clips"}
     with acc.autocast(): loss = model(**batch, num_items_in_batch=total).loss*acc.num_processes
-    more = extra(acc.unwrap_model(model), batch) if extra else 0.
+    more = extra(acc.unwrap_model(model), batch, clips) if extra else 0.
     acc.backward(loss+more)
     norm = acc.clip_grad_norm_([p for o in opts for g in o.param_groups for p in g["params"]], recipe.clip)
     value = float(acc.reduce(loss.detach(), "mean"))
@@ -170,7 +172,7 @@ def train_step(acc, model, opts, recipe, batch, step, extra=None):
         o.zero_grad()
     return dict(step=step, loss=value, more=float(more), grad_norm=float(norm), lr=opts[0].param_groups[0]["lr"], tokens=int(total), skipped=not ok)
 
-# %% ../nbs/05_training.ipynb #0166c1bc
+# %% ../nbs/05_training.ipynb #798caf34
 def _log_from(path, start):
     "Rows of an earlier run before `start`; the rest will be written again."
     rows = [json.loads(l) for l in open(path)] if Path(path).exists() else []

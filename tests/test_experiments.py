@@ -1,0 +1,120 @@
+"Simulations with other seeds than the notebook's: the statistics keep what they promise."
+import json, multiprocessing as mp
+import numpy as np, pytest
+from video_vlm import experiments as E
+
+AB = E.Experiment("ab", {"a": .5, "b": .5})
+
+def test_daily_looks_at_most_five_percent_false_alarms():
+    for seed, per_day in ((1, 20), (2, 100), (3, 1000)):
+        always, fixed = E.simulate_looks(1500, 28, per_day, seed=seed)
+        assert always <= .05 < fixed
+
+def test_cuped_variance_ratio_within_ten_percent_of_theory_and_unbiased():
+    rng, diffs = np.random.default_rng(1), []
+    for rho in (.2, .5, .8, .95):
+        n = 20000; arm = rng.integers(0, 2, n); x = rng.exponential(size=n); y = .2*arm + rho*(x-1) + np.sqrt(1-rho**2)*rng.normal(size=n)
+        adj, ratio = E.cuped(y, x, arm); assert abs(ratio/(1-rho**2)-1) < .1
+        d, se, *_ = E.welch(adj, arm); assert abs(d-.2) < 4*se
+    assert E.cuped(y, np.ones(n), arm)[1] == 1.
+
+def test_srm_power_and_level():
+    rng = np.random.default_rng(2)
+    assert np.mean([E.srm(c, [.5, .5]) < .001 for c in rng.multinomial(10000, [.53, .47], 400)]) > .95
+    assert np.mean([E.srm(c, [.9, .1]) < .001 for c in rng.multinomial(10000, [.9, .1], 4000)]) < .004
+
+@pytest.mark.parametrize("kind", ["mean", "ratio", "cuped", "clustered"])
+def test_coverage(kind):
+    reps = 1000 if kind == "ratio" else 500
+    assert abs(E.simulate_coverage(kind, reps=reps, seed=11)-.95) <= .02+.012
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mean", "ratio", "cuped", "clustered"])
+def test_coverage_with_many_experiments(kind): assert .93 <= E.simulate_coverage(kind, reps=4000, seed=12) <= .97
+
+def test_aa_with_many_metrics_is_corrected():
+    rng, wins, n = np.random.default_rng(4), 0, 150
+    ms = [E.Metric(f"m{i}") for i in range(8)]
+    for _ in range(n):
+        d = {"variant": np.where(rng.random(600) < .5, "a", "b"), **{m.name: rng.normal(size=600) for m in ms}}
+        wins += any(e.verdict != "unclear" for e in E.analyse(AB, d, ms).effects)
+    assert wins <= 14
+
+def test_aa_sequential_many_metrics_and_looks():
+    rng, wins, n = np.random.default_rng(5), 0, 40
+    ms, cfg = [E.Metric(f"m{i}") for i in range(3)], E.AnalysisConfig(planned=1000)
+    for _ in range(n):
+        v = np.where(rng.random(1000) < .5, "a", "b"); d = {m.name: rng.normal(size=1000) for m in ms}
+        wins += any(e.verdict != "unclear" for k in range(100, 1001, 100) for e in E.analyse(AB, {"variant": v[:k], **{m: x[:k] for m, x in d.items()}}, ms, cfg).effects)
+    assert wins <= 6
+
+def world(n, seed, share=.3):
+    rng = np.random.default_rng(seed); x = rng.normal(size=(n, 2)); p = 1/(1+np.exp(-(x@np.array([[1., -1], [0, .5]]).T)))
+    old = np.tile([1-share/2, share/2], (n, 1)); a = (rng.random(n) > old[:, 0]).astype(int); i = np.arange(n)
+    new = np.where((p[:, 1] > p[:, 0])[:, None], [.05, .95], [.95, .05])
+    return x, a, rng.binomial(1, p[i, a]), old[i, a], new[i, a], new, (p*new).sum(1).mean()
+
+def test_off_policy_is_unbiased_and_covers():
+    est, hits, err = 120, np.zeros(3), np.zeros(3)
+    for s in range(est):
+        x, a, r, p, t, pol, truth = world(2000, 500+s); q = E.fit_rewards(x, a, r, pol, folds=2)
+        for k, e in enumerate((E.ips(r, t, p), E.snips(r, t, p), E.doubly_robust(r, t, p, *q))): hits[k] += e.lo <= truth <= e.hi; err[k] += e.value-truth
+    assert (hits/est >= .9).all() and (np.abs(err/est) < .008).all()
+
+def test_doubly_robust_survives_a_wrong_reward_model():
+    x, a, r, p, t, pol, truth = world(20000, 1)
+    e = E.doubly_robust(r, t, p, np.full(len(r), .9), np.full(len(r), .9)); assert e.lo-.01 <= truth <= e.hi+.01
+
+def test_no_overlap_is_refused():
+    x, a, r, p, t, *_ = world(3000, 2, share=.002)
+    for f in (E.ips, E.snips):
+        with pytest.raises(E.ExperimentError): f(r, t, p)
+    with pytest.raises(E.ExperimentError, match="propensities"): E.ips([1.], [1.], [0.])
+
+def test_calibration_improves_and_the_alarm_is_quiet_then_loud():
+    rng = np.random.default_rng(6)
+    def window(n, shift=0.): z = rng.normal(.5, 1.5, n); return 1/(1+np.exp(-2.5*z)), rng.random(n) < 1/(1+np.exp(-z-shift))
+    for n, m in ((200, "platt"), (4000, "isotonic")):
+        cal, (c, y) = E.fit_calibrator(*window(n)), window(6000); assert cal.method == m and E.ece(cal(c), y) < .6*E.ece(c, y)
+    assert sum(E.calibration_drift(cal(c), y)["alarm"] for c, y in (window(800) for _ in range(100))) == 0
+    c, y = window(2000, -1.); assert E.calibration_drift(cal(c), y)["alarm"]
+    with pytest.raises(E.ExperimentError): E.fit_calibrator([.5]*10, [1]*10)
+
+def test_layers_are_exclusive_and_independent():
+    a, b, c = (E.Experiment(n, {"x": .5, "y": .5}, layer=l, slots=s) for n, l, s in (("a", "1", (0, 500)), ("b", "1", (500, 1000)), ("c", "2", (0, 1000))))
+    ex, keys = E.Experiments([a, b, c], holdout=.05), [f"k{i}" for i in range(20000)]
+    got = {n: {k: r.variant for k in keys if (r := ex.assign(n, k))} for n in "abc"}
+    assert not got["a"].keys() & got["b"].keys() and abs(len(got["c"])/len(keys)-.95) < .01
+    both = got["a"].keys() & got["c"].keys(); table = np.zeros((2, 2))
+    for k in both: table[got["a"][k] == "y", got["c"][k] == "y"] += 1
+    from scipy.stats import chi2_contingency
+    assert chi2_contingency(table).pvalue > .001
+    with pytest.raises(E.ExperimentError): E.Experiments([a, E.Experiment("z", {"x": .5, "y": .5}, layer="1", slots=(499, 600))])
+
+def _write(path, i):
+    log = E.ExposureLog(path)
+    for k in range(300): log.log(E.Assignment("e", "v", .5), f"p{i}-{k}", note="x"*500)
+
+def test_writers_do_not_tear_each_others_lines(tmp_path):
+    ps = [mp.get_context("fork").Process(target=_write, args=(tmp_path/"l", i)) for i in range(3)]
+    for p in ps: p.start()
+    for p in ps: p.join(); assert p.exitcode == 0
+    assert len({json.loads(l)["key"] for l in (tmp_path/"l").read_text().splitlines()}) == 900
+
+def test_a_key_in_two_variants_is_left_out():
+    rows = [dict(time=i, key=k, tenant="", experiment="e", variant=v, propensity=.5) for i, (k, v) in enumerate((("a", "x"), ("b", "y"), ("a", "y")))]
+    first, mixed = E.first_exposures(rows, "e"); assert set(first) == {"b"} and mixed == {"a"}
+
+def test_against_gbstats():
+    "GrowthBook's figures for Welch and the sequential interval; its package is put in by hand (pip install --no-deps gbstats)."
+    pytest.importorskip("gbstats")
+    from gbstats.frequentist.tests import SequentialConfig, SequentialTwoSidedTTest, FrequentistConfig, TwoSidedTTest
+    from gbstats.models.statistics import SampleMeanStatistic
+    rng = np.random.default_rng(0); a, b = rng.exponential(1, 900), rng.exponential(1.2, 1100)
+    stat = lambda x: SampleMeanStatistic(n=len(x), sum=float(x.sum()), sum_squares=float((x**2).sum()))
+    arm = np.r_[np.zeros(900), np.ones(1100)].astype(int); d, se, df, p = E.welch(np.r_[a, b], arm)
+    g = TwoSidedTTest(stat(a), stat(b), FrequentistConfig(difference_type="absolute")).compute_result()
+    assert abs(g.p_value-p) < 1e-6 and abs(g.expected-d) < 1e-9
+    s = SequentialTwoSidedTTest(stat(a), stat(b), SequentialConfig(difference_type="absolute", sequential_tuning_parameter=2000)).compute_result()
+    lo, hi, _ = E.always_valid(d, se, 2000, 2000)
+    assert abs((s.ci[1]-s.ci[0])/(hi-lo)-1) < .1
