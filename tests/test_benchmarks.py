@@ -28,7 +28,7 @@ def close(ours, theirs, path="", tol=5e-5):
 
 @needs_bench
 @needs_java
-@pytest.mark.parametrize("name", ["edge_cases", "msvd_val_human", "msvd_val_half_swapped", "msrvtt_val120_human"])
+@pytest.mark.parametrize("name", ["edge_cases", "msvd_val_human", *(pytest.param(n, marks=pytest.mark.slow) for n in ("msvd_val_half_swapped", "msrvtt_val120_human"))])
 def test_captioning(name):
     d, ref = BENCH / "captioning", load(f"captioning/{name}.scores.json")
     ours = bm.score_file("captioning", d / f"{name}.refs.json", d / f"{name}.preds.json")
@@ -43,9 +43,9 @@ def test_captioning(name):
 def test_ptb_tokenizer(name):
     d, ref = BENCH / "captioning", load(f"captioning/{name}.ptb_tokenized.json")
     refs, preds = load(f"captioning/{name}.refs.json"), load(f"captioning/{name}.preds.json")
-    flat = [preds[i] for i in refs] + [r for i in refs for r in refs[i]]
-    want = [ref["preds"][i] for i in refs] + [r for i in refs for r in ref["refs"][i]]
-    assert [" ".join(t) for t in bm.ptb_tokenize(flat)] == want
+    flat, want = [r for i in refs for r in refs[i]], [r for i in refs for r in ref["refs"][i]]
+    assert [" ".join(t) for t in bm.ptb_tokenize(flat)] == want            # in one of these sets a caption has a carriage return: the official shift
+    assert [" ".join(t) for t in bm.ptb_tokenize([preds[i] for i in refs])] == [ref["preds"][i] for i in refs]
 
 
 @needs_bench
@@ -117,7 +117,7 @@ def test_tempcompass(kind):
 def test_charades_sta_both_conventions():
     d = BENCH / "charades_sta"
     ours = bm.score_file("charades_sta", d / "charades_sta_test.txt", d / "test800_preds.jsonl")
-    assert close(ours, {k: v for k, v in load("charades_sta/test800_preds.scores.json").items() if k != "exact_half"}) == 20
+    assert close(ours, {k: v for k, v in load("charades_sta/test800_preds.scores.json").items() if k not in ("exact_half", "note")}) == 20
     assert ours["R1_ge"]["0.5"] > ours["R1_gt"]["0.5"]
 
 
@@ -144,7 +144,8 @@ def test_pope():
 def test_mvbench_both_rules():
     d = BENCH / "mvbench"
     ours = bm.score_file("mvbench", d / "json", d / "responses.jsonl")
-    assert close(ours, load("mvbench/responses.scores.json")["scores"]) == 63
+    ref = load("mvbench/responses.scores.json")["scores"]
+    assert ref["_all"].pop("official_raised") == 0 and close(ours, ref) == 63
     for r in map(json.loads, (d / "responses.jsonl").read_text().splitlines()):
         assert bm.mvbench_official(r["response"], r["answer"], r["gt_letter"]) == r["official_check_ans"], r["response"]
         assert (bm.lmms_letter(r["response"]) == r["gt_letter"]) == bool(r["lmms_eval_mcq_acc"]), r["response"]

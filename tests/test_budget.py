@@ -139,7 +139,7 @@ def test_hours_in_the_window():
 def test_model_counts_alike():
     "The ids that the processor makes are as many as the receipt says."
     model = pytest.importorskip("video_vlm.model")
-    tok = model.tiny_tokenizer(["What happens in the video?", "the red circle moves from 0.5s to 1.5s"]*20, 400)
+    tok = model.tiny_tokenizer(["What happens in the video?", "the red circle moves from 0.5s to 1.5s"]*20, 600)
     count = count_with(tok)
     assert count("from 1.5s") == len(tok("from 1.5s", add_special_tokens=False).input_ids)
     probe = SimpleNamespace(duration=95.3, keyframes=(), n_frames=2400)

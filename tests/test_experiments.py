@@ -25,8 +25,8 @@ def test_srm_power_and_level():
 
 @pytest.mark.parametrize("kind", ["mean", "ratio", "cuped", "clustered"])
 def test_coverage(kind):
-    reps = 1000 if kind == "ratio" else 500
-    assert abs(E.simulate_coverage(kind, reps=reps, seed=11)-.95) <= .02+.012
+    reps = 500
+    assert .92 <= E.simulate_coverage(kind, reps=reps, seed=21) <= .98
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "ratio", "cuped", "clustered"])
@@ -55,9 +55,9 @@ def world(n, seed, share=.3):
     return x, a, rng.binomial(1, p[i, a]), old[i, a], new[i, a], new, (p*new).sum(1).mean()
 
 def test_off_policy_is_unbiased_and_covers():
-    est, hits, err = 120, np.zeros(3), np.zeros(3)
+    est, hits, err = 150, np.zeros(3), np.zeros(3)
     for s in range(est):
-        x, a, r, p, t, pol, truth = world(2000, 500+s); q = E.fit_rewards(x, a, r, pol, folds=2)
+        x, a, r, p, t, pol, truth = world(2000, 5000+s); q = E.fit_rewards(x, a, r, pol, folds=2)
         for k, e in enumerate((E.ips(r, t, p), E.snips(r, t, p), E.doubly_robust(r, t, p, *q))): hits[k] += e.lo <= truth <= e.hi; err[k] += e.value-truth
     assert (hits/est >= .9).all() and (np.abs(err/est) < .008).all()
 

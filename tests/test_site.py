@@ -47,6 +47,12 @@ def test_no_broken_links(site):
     bad = docs.broken_links(pages=site)
     assert not bad, "\n" + "\n".join(bad)
 
+def test_nothing_comes_from_another_server(site):
+    css = [p for p in (docs.DOCS/"site_libs").rglob("*.css")] + [docs.DOCS/"styles.css"]
+    bad = [f"{p.name}: {m}" for p in css for m in re.findall(r"(?:@import|url\()[^;)]*https?://[^;)]*", p.read_text(encoding="utf-8")) if "www.w3.org" not in m]
+    bad += [f"{n}: link to {l}" for n, page in site.items() for tag, l in page.links if tag == "link" and l.startswith("http") and "cdn" in l]
+    assert not bad, "\n".join(bad)
+
 def test_link_check_finds_faults(tmp_path):
     (tmp_path/"a.html").write_text('<a href="b.html#here">x</a><a href="b.html#gone">x</a><a href="c.html">x</a><img src="i.png"><script src="https://cdn.example.org/x.js"></script>')
     (tmp_path/"b.html").write_text('<h2 id="here">x</h2><a href="a.html">x</a><a href="https://example.org">x</a>')

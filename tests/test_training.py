@@ -19,7 +19,7 @@ from video_vlm.world import make_scene, samples_of
 
 def parts(seed=0):
     samples = [samples_of(make_scene(k, "easy"), str(k)) for k in range(8)]
-    tok = tiny_tokenizer([p.get("text", "") for ss in samples for s in ss for m in s.messages for p in m["content"]], 400)
+    tok = tiny_tokenizer([p.get("text", "") for ss in samples for s in ss for m in s.messages for p in m["content"]], 600)
     rng = np.random.default_rng(0)
     fake = {str(k): VisualTokens(rng.normal(size=(2, 4, 16)).astype(np.float16), np.arange(2.), np.arange(2.)+1, str(k)) for k in range(8)}
     tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)

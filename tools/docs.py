@@ -2,7 +2,7 @@
 
 With `quarto` on PATH the pages are made by Quarto; without it by smalldocs, in pure Python and offline. nbdev's own `nbdev_docs` is not used: where
 Quarto is missing it tries to install it with sudo and then runs pip (style guide, trap 8). Nothing outside `_proc` and `_docs` is written."""
-import argparse, os, re, shutil, subprocess, sys, time
+import argparse, json, os, re, shutil, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,6 +13,9 @@ from docs_page import process_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC, DOCS, NBS = ROOT/"_proc", ROOT/"_docs", ROOT/"nbs"
+
+SOURCE_LINK = re.compile(r"\[source\]\([^)]*\)\{[^}]*\}\s*")   # to a file on GitHub; the page carries the source itself
+SYMBOL_LINK = re.compile(r'<a href="([^"#]*)#([^"]+)"([^>]*)>(\s*<code\b)')
 
 # ---- notebooks to pages
 
@@ -31,12 +34,16 @@ def process(force, workers):
         if src.suffix != ".ipynb": dst.parent.mkdir(parents=True, exist_ok=True); shutil.copy2(src, dst)
         elif not dst.exists() or dst.stat().st_mtime < max(src.stat().st_mtime, newest): todo[src] = dst
     errors, done = {}, 0
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
         jobs = {pool.submit(process_notebook, src, dst): src for src, dst in todo.items()}
         for job in as_completed(jobs):
             done += 1; src = jobs[job]
             print(f"    [{done}/{len(todo)}] {src.relative_to(NBS)}", flush=True)
             if error := job.result(): errors[src] = error; os.utime(todo[src], (0, 0))   # tried again next time
+    finally:   # the workers hold whole notebooks: ending them is quicker than letting them tidy up
+        for p in list((pool._processes or {}).values()): p.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
     return errors
 
 def site_base():
@@ -51,16 +58,25 @@ def page_name(path):
     return _nbpath2html(path)
 
 def local_links(base):
-    "Make links to symbols work in any copy of the site: absolute ones of nbdev become relative to the page."
+    "Make links to symbols work in any copy of the site: absolute ones of nbdev become relative to the page; none inside code."
+    in_code = re.compile(r"\[(`[^`\]]+`)\]\(" + re.escape(base) + r"[^)\s]*\)")
     for p in PROC.rglob("*.ipynb"):
         up = "../"*(len(p.relative_to(PROC).parts)-1)
         old = p.read_text(encoding="utf-8")
-        new = old.replace("](" + base, "](" + up).replace('href=\\"' + base, 'href=\\"' + up)
-        if new != old: stamp = p.stat(); p.write_text(new, encoding="utf-8"); os.utime(p, (stamp.st_atime, stamp.st_mtime))
+        nb = json.loads(old)
+        def mend(text):
+            parts = re.split(r"(^```.*?^```)", text, flags=re.S | re.M)
+            return "".join(in_code.sub(r"\1", t) if i % 2 else t.replace("](" + base, "](" + up) for i, t in enumerate(parts))
+        for c in nb["cells"]:
+            if c["cell_type"] == "markdown": c["source"] = mend("".join(c["source"]))
+            for o in c.get("outputs", []):
+                if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = SOURCE_LINK.sub("", mend("".join(o["data"]["text/markdown"])))
+        stamp = p.stat()
+        p.write_text(json.dumps(nb), encoding="utf-8")
+        os.utime(p, (stamp.st_atime, stamp.st_mtime))
 
 def title_of(path):
     "First heading of a notebook."
-    import json
     for c in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         text = "".join(c["source"])
         if m := re.search(r"^(?:#|title:)\s+(.+?)\s*$", text, re.M): return m.group(1).strip("'\"")
@@ -68,7 +84,7 @@ def title_of(path):
 
 def explicit(contents):
     "Pages that the sidebar names one by one."
-    return {p for c in contents for p in ([c] if isinstance(c, str) else explicit(c.get("contents", [])))}
+    return {p for c in contents for p in ([c] if isinstance(c, str) else [c["href"]] if "href" in c else explicit(c.get("contents", [])))}
 
 def sidebar(contents, named):
     "Sidebar entries with globs spelled out (less the pages named elsewhere), each page with the number of its stage in front."
@@ -78,7 +94,8 @@ def sidebar(contents, named):
         elif isinstance(c, dict) and "auto" in c:
             for p in sorted(p.relative_to(NBS) for p in NBS.glob(c["auto"])):
                 number = re.match(r"(\d+[a-z]*)_", p.name)
-                if p.as_posix() not in named: res.append({"text": (f"{number.group(1)} " if number else "") + title_of(NBS/p), "href": p.as_posix()})
+                title = title_of(NBS/p)
+                if p.as_posix() not in named: res.append({"text": (f"{number.group(1)} " if number else "") + title[0].upper() + title[1:], "href": p.as_posix()})
         else: res.append(c)
     return [c for c in res if isinstance(c, str) or c.get("contents", True)]   # no empty sections
 
@@ -106,6 +123,17 @@ def mathml(html):
     html = re.sub(r'<span class="math (inline|display)">(.*?)</span>', one, html, flags=re.S)
     return re.sub(r'<(link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(</script>)?', "", html)
 
+def settle_symbols(folder):
+    "Links that nbdev made from a name in backticks, where its page does not document that name (a private one): to the page, not to a missing place on it."
+    pages = read_site(folder)
+    for name in pages:
+        def one(m):
+            target = ((folder/name).parent/unquote(m.group(1)) if m.group(1) else folder/name).resolve()
+            page = pages.get(target.relative_to(folder.resolve()).as_posix()) if target.exists() else None
+            return m.group(0) if page is None or unquote(m.group(2)) in page.ids else f'<a href="{m.group(1) or "#"}"{m.group(3)}>{m.group(4)}'
+        f = folder/name
+        f.write_text(SYMBOL_LINK.sub(one, f.read_text(encoding="utf-8")), encoding="utf-8")
+
 def render_smalldocs():
     "smalldocs, with nbdev's page names, symbols' anchors and formulas put right."
     from smalldocs.config import load
@@ -124,6 +152,9 @@ def render_smalldocs():
     for page in site.pages.values():
         f = site.out/page.out
         f.write_text(mathml(f.read_text(encoding="utf-8")), encoding="utf-8")
+    for css in (site.out/"site_libs").rglob("*.css"):   # themes ask Google for fonts; the page's own stack of fonts serves
+        text = css.read_text(encoding="utf-8")
+        if "@import" in text: css.write_text(re.sub(r'@import\s+url\(["\']?https?:[^)]*\)\s*;?', "", text), encoding="utf-8")
     for w in site.warnings:
         if not quiet_keys.search(w) and "broken link" not in w: print(f"    note: {w}")
     return pages
@@ -184,6 +215,7 @@ def build(force=False, workers=2):
     settings()
     print(f"    notebooks processed, {time.time()-start:.0f} s", flush=True)
     render_quarto() if with_quarto else render_smalldocs()
+    settle_symbols(PROC/"_docs")
     publish()
     pages = read_site()
     print(f"    {len(pages)} pages in {DOCS.relative_to(ROOT)}/, {sum(p.images for p in pages.values())} pictures, {time.time()-start:.0f} s", flush=True)

@@ -3,7 +3,7 @@
 Safe to run again: a stamp in .venv holds a hash of what was installed from, so a second run returns at once, an interrupted one
 is finished, and a changed pin is picked up. On a machine with a GPU the ranges of settings.ini are installed with vLLM; without one,
 the exact versions of constraints.txt with the vLLM CPU wheel."""
-import fcntl, hashlib, json, os, platform, re, shlex, shutil, subprocess, sys, time
+import fcntl, hashlib, json, os, platform, re, shlex, shutil, subprocess, sys, threading, time
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -67,19 +67,21 @@ def explain(log):
     return last[-1].strip()[:200]
 
 def stream(cmd, env):
-    "Run `cmd`, keep its output in the log, show a line of it now and then; returns (exit status, output)."
-    tty, lines, shown, start = sys.stdout.isatty(), [], time.time(), time.time()
+    "Run `cmd`, keep its output in the log, say every now and then what it is at; returns (exit status, output)."
+    tty, lines, word, start, over = sys.stdout.isatty(), [], ["starting"], time.time(), threading.Event()
+    def beat():   # also while pip itself says nothing, as when it unpacks
+        while not over.wait(.5 if tty else 20): print(f"\r\033[K    {time.time()-start:4.0f} s  {word[0][:90]}" if tty else f"    {time.time()-start:4.0f} s  {word[0][:90]}", end="" if tty else "\n", flush=True)
     with open(LOG, "a") as log:
         log.write(f"\n$ {' '.join(cmd)}\n")
         p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
+        clock = threading.Thread(target=beat, daemon=True); clock.start()
         for line in p.stdout:
             log.write(line); lines.append(line)
-            word = line.strip()
-            if not word or QUIET.search(word): continue
-            if tty: print(f"\r\033[K    {time.time()-start:4.0f} s  {word[:90]}", end="", flush=True)
-            elif time.time()-shown > 15: shown = time.time(); say(f"    {shown-start:4.0f} s  {word[:110]}")
-    if tty: print("\r\033[K", end="")
-    return p.wait(), "".join(lines)
+            if line.strip() and not QUIET.search(line): word[0] = re.sub(r"\S*/([^/\s]+\.whl)", r"\1", line.strip())
+        code = p.wait()
+    over.set(); clock.join()
+    if tty: print("\r\033[K", end="", flush=True)
+    return code, "".join(lines)
 
 def pip(*args, may_fail=False):
     "pip in the environment; raises InstallError with one line unless `may_fail`."

@@ -9,6 +9,7 @@ from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds a cell
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress")   # tqdm's wish for widgets is no output for a page
 
 def flagged(cell, flags):
     "Whether a cell carries a test flag (`#| gpu`): it is not run here and keeps the output it has."

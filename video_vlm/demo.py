@@ -8,7 +8,7 @@ __all__ = ['NEW_WORDS', 'DemoConfig', 'edit_copies', 'break_files', 'make_videos
            'fine_tune', 'ask_all', 'before_scores', 'evaluate', 'evaluate_more', 'stream_answer', 'serve_and_ask',
            'versions', 'run_demo', 'write_report', 'summary_table']
 
-# %% ../nbs/09ab_demo.ipynb #fef4bd4a
+# %% ../nbs/09ab_demo.ipynb #6a58ca30
 import json, os, shutil, threading, time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .splits import SplitConfig, audit, load_splits, split
 from .store import TokenStore, visual_tokens
 from .world import NEW_ACTIONS, NEW_TEXTURE, VERBS, WorldConfig, base_form, write_world
 
-# %% ../nbs/09ab_demo.ipynb #fbadf20d
+# %% ../nbs/09ab_demo.ipynb #1a31b9cf
 @dataclass(frozen=True)
 class DemoConfig:
     "One run of the demo."
@@ -42,7 +42,7 @@ class DemoConfig:
     gallery:int = 50 # Clips among which retrieval searches
     engine:str = "auto" # auto, vllm or transformers
 
-# %% ../nbs/09ab_demo.ipynb #90d9e958
+# %% ../nbs/09ab_demo.ipynb #1d42077d
 def edit_copies(clips, out, n, seed=0):
     "Write `n` near-duplicates of random clips into `out`: re-encoded, cropped, trimmed or mirrored in turn. Returns the paths."
     out = Path(out)
@@ -85,7 +85,7 @@ def break_files(good, out):
         c.mux(s.encode(None))
     return sorted(out.iterdir())
 
-# %% ../nbs/09ab_demo.ipynb #6ff885ef
+# %% ../nbs/09ab_demo.ipynb #19feef6a
 def make_videos(out, cfg):
     "The folder of files that the demo begins with: annotated clips of three levels, copies, wrecks."
     out = Path(out)
@@ -101,7 +101,7 @@ def make_videos(out, cfg):
     break_files(clips[0], out/"broken")
     return out
 
-# %% ../nbs/09ab_demo.ipynb #042aa3d7
+# %% ../nbs/09ab_demo.ipynb #6fb8bd45
 NEW_WORDS = tuple(VERBS[a] for a in NEW_ACTIONS)+tuple(base_form(VERBS[a]) for a in NEW_ACTIONS)
 
 def is_new(sample, words=NEW_WORDS):
@@ -127,7 +127,7 @@ def qa_task(samples, name="qa"):
     items = [Item(s.id, s.videos[0], question=question_of(s), truth=s.meta["answer"], skill=s.meta["skill"], facts=dict(level=s.meta["level"], kind=s.meta["kind"])) for s in samples]
     return Task(name, tuple(sorted(items, key=lambda i: (i.clip, i.id))), prompt=lambda i: i.question)
 
-# %% ../nbs/09ab_demo.ipynb #7b2f7711
+# %% ../nbs/09ab_demo.ipynb #000d75ef
 def answerer(model, processor, tokens):
     "A batched `answer(items, prompts)` of a model; `tokens`: clip id -> VisualTokens, or None for a blind one."
     from video_vlm.model import answer_batch
@@ -147,7 +147,7 @@ def caption_facts(text, sample):
     facts = [*sample.meta["things"], *sample.meta["phrases"]]
     return sum(f in text.lower() for f in facts)/len(facts)
 
-# %% ../nbs/09ab_demo.ipynb #5b5720fd
+# %% ../nbs/09ab_demo.ipynb #1da2f019
 class Run:
     "Paths, clock, memory watch and report of one demo."
     def __init__(self, cfg):
@@ -181,7 +181,7 @@ class Run:
         self.report["seconds"][name] = round(time.time()-t, 1)
         print(f"      {name}: {self.report['seconds'][name]} s", flush=True)
 
-# %% ../nbs/09ab_demo.ipynb #14efbe82
+# %% ../nbs/09ab_demo.ipynb #274a4b0f
 def prepare_data(run):
     "Ingest, dedup, split, audit; leaves clips, samples and splits in `run`."
     cfg, out, d = run.cfg, run.out, run.report["data"]
@@ -217,7 +217,7 @@ def encode_all(run):
 
 def tokens_of(run, clip): return visual_tokens(run.clips[clip], run.plans[clip], run.model.encoder, run.store)
 
-# %% ../nbs/09ab_demo.ipynb #2627824d
+# %% ../nbs/09ab_demo.ipynb #128a5f6a
 def fine_tune(run):
     "Connect and instruct on the stored tokens; the model of `run` is the trained one afterwards."
     from video_vlm.training import ClipSet, connect, train, whole
@@ -229,7 +229,7 @@ def fine_tune(run):
     run.report["train"] = dict(clips=len(ids), samples=sum(map(len, data.samples)), loss=[[r["step"], round(r["loss"], 4)] for s in ("connect", "instruct") for r in map(json.loads, open(run.out/f"05_{s}/log.jsonl"))])
     run.checkpoint = out/"model"
 
-# %% ../nbs/09ab_demo.ipynb #173aeec4
+# %% ../nbs/09ab_demo.ipynb #f1e8e754
 def ask_all(run, samples, tokens, name):
     "Predictions of the present model; kept under OUT/07_eval."
     cfg = EvaluationConfig(batch_size=512, seed=run.cfg.seed)
@@ -261,7 +261,7 @@ def evaluate(run):
         after=dict(new_actions=of(after, new), new_texture=of(after, texture), old_skills=summary(old(after))),
         paired=dict(over_blind=compare(blind, medium).to_dict(), over_shuffled=compare(mix, medium).to_dict(), old_skills=compare(old(run.before), old(after)).to_dict()))
 
-# %% ../nbs/09ab_demo.ipynb #7d9833c6
+# %% ../nbs/09ab_demo.ipynb #3eee7120
 def evaluate_more(run):
     "Captions, grounding and retrieval on the held-out medium clips."
     from video_vlm.model import answer_batch, caption_scores
@@ -282,7 +282,7 @@ def evaluate_more(run):
     r = retrieval_metrics(sim)
     run.report["eval"]["retrieval"] = {k: v for k, v in r.items() if k != "scores"} | dict(ci95=list(r["scores"]["r@1"].ci95))
 
-# %% ../nbs/09ab_demo.ipynb #069a083d
+# %% ../nbs/09ab_demo.ipynb #1b84113d
 def stream_answer(client, model, url, question):
     "Ask over HTTP, streamed: (answer, seconds to the first token)."
     t, first, text = time.time(), None, ""
@@ -315,7 +315,7 @@ def serve_and_ask(run):
             s["questions"].append(dict(question=question_of(sample), answer=text, truth=sample.meta["answer"]))
         s["memory_mb"] = round(server.memory_mb())
 
-# %% ../nbs/09ab_demo.ipynb #98731185
+# %% ../nbs/09ab_demo.ipynb #bb84cf9e
 def versions():
     "Versions of what a number depends on."
     out = {}
@@ -342,10 +342,14 @@ def run_demo(cfg=DemoConfig()):
     write_report(run)
     return run.report
 
-# %% ../nbs/09ab_demo.ipynb #55b69971
+# %% ../nbs/09ab_demo.ipynb #177dc80d
 def write_report(run):
     "report.json, report.html and the table in the terminal."
+    from video_vlm.report import examples_of, render_report
     with atomic_write(run.out/"report.json") as f: json.dump(run.report, f, indent=1)
+    media = {c: run.clips[c].uri for c in run.sets["test"]}
+    losses = {"training": [tuple(x) for x in run.report["train"]["loss"]]}
+    render_report(run.report, run.out/"report.html", examples=examples_of(run.predictions, media, run.cfg.seed), losses=losses)
     print(summary_table(run.report), flush=True)
 
 def summary_table(r):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POLICIES', 'EIGHT_BIT', 'BACKENDS', 'FramePlan', 'plan_frames', 'shown_at', 'cached_timeline', 'Damaged', 'read_pyav',
            'read_decord', 'Frames', 'read_frames', 'read_frames_safely', 'show_frames', 'oracle', 'exactness',
-           'small_frames', 'detect_shots']
+           'small_frames', 'detect_shots', 'show_shots']
 
-# %% ../nbs/02_frames.ipynb #be2815f1
+# %% ../nbs/02_frames.ipynb #b6a9fbe1
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np
 
 from .data import Limits, MediaError, VideoVLMError, best_video, isolated, media_errors, timeline, _quiet
 
-# %% ../nbs/02_frames.ipynb #e67537d9
+# %% ../nbs/02_frames.ipynb #d6b6a510
 @dataclass(frozen=True)
 class FramePlan:
     "When to look, and what the encoder takes."
@@ -46,7 +46,7 @@ class FramePlan:
         t = [self.times[i] for i in range(0, self.n_frames, self.group)]
         return tuple(zip(t, t[1:] + [max(self.end, t[-1])]))
 
-# %% ../nbs/02_frames.ipynb #9e8a31f3
+# %% ../nbs/02_frames.ipynb #37792c9a
 def _even(start, end, n):
     "n times from `start`, evenly, the first at `start`."
     return start + np.arange(n)*(end-start)/n
@@ -63,7 +63,7 @@ def _keyframe_times(p, start, end, fps, cap, **_):
     if not len(k): k = np.asarray([max((t for t in p.keyframes if t <= start), default=start)])
     return k[np.unique(np.linspace(0, len(k)-1, min(cap, len(k))).round().astype(int))]
 
-# %% ../nbs/02_frames.ipynb #582e7c31
+# %% ../nbs/02_frames.ipynb #e6981c80
 def _shot_times(p, start, end, fps, cap, shots=None, **_):
     "A frame in the middle of each shot; what is left of the cap goes to long shots."
     shots = [(max(a, start), min(b, end)) for a, b in shots or [(start, end)] if b > start and a < end] or [(start, end)]
@@ -82,7 +82,7 @@ def _focus_times(p, start, end, fps, cap, coarse=.25, **_):
 
 POLICIES = dict(fps=_fps_times, uniform=_uniform_times, keyframes=_keyframe_times, shots=_shot_times, focus=_focus_times)
 
-# %% ../nbs/02_frames.ipynb #7d6c6487
+# %% ../nbs/02_frames.ipynb #f141e50c
 def plan_frames(
     clip, # A `Clip` or `Probe`: anything with duration, n_frames and keyframes
     fps:float=4., # Wished frames a second
@@ -103,14 +103,14 @@ def plan_frames(
     span = (0., whole) if policy == "focus" else (a, b)
     return FramePlan(tuple(t.tolist()), *span, policy, size, group, tokens_per_group)
 
-# %% ../nbs/02_frames.ipynb #922d5088
+# %% ../nbs/02_frames.ipynb #27068042
 def shown_at(seconds:np.ndarray, times) -> np.ndarray:
     "Index of the frame on screen at each time; before the first frame the first, after the last the last."
     seconds, times = np.asarray(seconds, float), np.atleast_1d(np.asarray(times, float))
     gap = np.diff(seconds).min() if len(seconds) > 1 else 1.
     return np.clip(np.searchsorted(seconds, times + min(1e-3, gap/4), side="right") - 1, 0, len(seconds)-1)
 
-# %% ../nbs/02_frames.ipynb #65ac035d
+# %% ../nbs/02_frames.ipynb #aa68bf10
 _lines, _lines_lock = OrderedDict(), Lock()
 
 def cached_timeline(path, limits:Limits=Limits()):
@@ -127,20 +127,21 @@ def cached_timeline(path, limits:Limits=Limits()):
         while len(_lines) > 64: _lines.popitem(last=False)
     return line
 
-# %% ../nbs/02_frames.ipynb #2f3aa6ff
+# %% ../nbs/02_frames.ipynb #6703075b
 class _Shaper:
-    "Turns a decoded frame into upright RGB of the wished size; one scaler for all frames."
+    "Turns a decoded frame into upright RGB of the wished size."
     def __init__(self, line, size):
         from av.video.reformatter import VideoReformatter
         p = line.probe
-        self.scaler, self.turn = VideoReformatter(), p.rotation//90
+        self.colour, self.scale, self.turn = VideoReformatter(), VideoReformatter(), p.rotation//90
         w, h = size or (p.width, p.height)
         self.w, self.h = (h, w) if self.turn % 2 else (w, h)
     def __call__(self, frame):
-        f = self.scaler.reformat(frame, width=self.w, height=self.h, format="rgb24", interpolation="BILINEAR")
+        f = self.colour.reformat(frame, format="rgb24")
+        if (f.width, f.height) != (self.w, self.h): f = self.scale.reformat(f, width=self.w, height=self.h, interpolation="BILINEAR")
         return np.ascontiguousarray(np.rot90(f.to_ndarray(), self.turn))
 
-# %% ../nbs/02_frames.ipynb #f133adc9
+# %% ../nbs/02_frames.ipynb #241c8fea
 class Damaged(Exception):
     "The fast path met data it cannot vouch for; the reader starts over from the beginning."
 
@@ -164,7 +165,7 @@ def _decode_group(c, s, key, want, keep):
         if not left: break
     for f in cc.decode(None): keep(f)
 
-# %% ../nbs/02_frames.ipynb #d58ee117
+# %% ../nbs/02_frames.ipynb #a647bcab
 def _targets(path, line, want, shape, threads):
     "The fast path: {tick: (tick, image)} of every wanted tick, or `Damaged`."
     av, out, wanted = _quiet(), {}, set(want.tolist())
@@ -181,7 +182,7 @@ def _targets(path, line, want, shape, threads):
     if wanted - set(out): raise Damaged(f"{len(wanted - set(out))} frame(s) not found after seeking")
     return out
 
-# %% ../nbs/02_frames.ipynb #e996a0ef
+# %% ../nbs/02_frames.ipynb #ad020c67
 def _sequential(path, line, want, shape):
     "Decode from the beginning and keep, for every tick, the last frame not after it: slow, but nothing can be wrong about it."
     av, out, last, todo = _quiet(), {}, None, want.tolist()
@@ -197,7 +198,7 @@ def _sequential(path, line, want, shape):
         for t in todo: out[t] = (last.pts, shape(last))
     return out
 
-# %% ../nbs/02_frames.ipynb #6319a60b
+# %% ../nbs/02_frames.ipynb #f9148e51
 def read_pyav(path, line, ticks, size=None, threads:int=2):
     "Backend: seek to the keyframe before each tick, decode only what is needed. Returns (uint8 [T,H,W,3], ticks of those frames, reason)."
     want, reason = np.unique(ticks), ""
@@ -205,13 +206,14 @@ def read_pyav(path, line, ticks, size=None, threads:int=2):
     except Damaged as e: out, reason = _sequential(path, line, want, _Shaper(line, size)), f"read in sequence: {e}"
     return np.stack([out[t][1] for t in ticks.tolist()]), np.asarray([out[t][0] for t in ticks.tolist()], np.int64), reason
 
-# %% ../nbs/02_frames.ipynb #01d23e0d
+# %% ../nbs/02_frames.ipynb #49b4a5a9
 def read_decord(path, line, ticks, size=None, threads:int=2):
     "Backend: decord by frame index, refused where its list of times is not the one in the packets."
     import decord
     decord.logging.set_level(decord.logging.QUIET)
     w, h = size or (line.probe.width, line.probe.height)
     if line.probe.pix_fmt not in EIGHT_BIT: raise MediaError("decode_failed", path, f"{line.probe.pix_fmt} is not 8-bit 4:2:0 or 4:4:4")
+    if line.open_gop: raise MediaError("decode_failed", path, "decord returns frames of the wrong GOP where GOPs are open")
     v = decord.VideoReader(path, width=w, height=h, num_threads=threads)
     ts = v.get_frame_timestamp(range(len(v)))[:, 0]
     if len(v) != len(line.ticks) or np.abs(ts-ts[0]-line.seconds).max() > 2e-3: raise MediaError("decode_failed", path, "decord's times differ from the packets'")
@@ -222,7 +224,7 @@ def read_decord(path, line, ticks, size=None, threads:int=2):
 EIGHT_BIT = ("yuv420p", "yuvj420p", "yuv444p", "yuvj444p")
 BACKENDS = dict(pyav=read_pyav, decord=read_decord)
 
-# %% ../nbs/02_frames.ipynb #143a167e
+# %% ../nbs/02_frames.ipynb #4156443f
 @dataclass(frozen=True)
 class Frames:
     "Frames and the times at which they are shown."
@@ -239,7 +241,7 @@ def _wh(size):
     if w < 1 or h < 1: raise VideoVLMError(f"size must be positive, got {size}")
     return int(w), int(h)
 
-# %% ../nbs/02_frames.ipynb #8625ba12
+# %% ../nbs/02_frames.ipynb #da201532
 def read_frames(
     path, # File
     times, # Seconds from the first frame; any order, repeats allowed
@@ -269,7 +271,7 @@ def read_frames_safely(path, times, size=None, limits:Limits=Limits(), **kw) -> 
     return isolated(read_frames, os.fspath(path), np.asarray(times, float), size=size, limits=limits,
                     timeout_s=limits.timeout_s, memory_bytes=limits.memory_bytes, **kw)
 
-# %% ../nbs/02_frames.ipynb #8b31dcd7
+# %% ../nbs/02_frames.ipynb #5cbc5e6a
 def show_frames(frames, times=None, titles=None, cols:int=8, width:int=96):
     "Contact sheet (PIL image) with a time or title under each frame."
     from PIL import Image, ImageDraw
@@ -283,7 +285,7 @@ def show_frames(frames, times=None, titles=None, cols:int=8, width:int=96):
         sheet.paste(Image.fromarray(x).resize((width, h)), (x0, y0)); d.text((x0, y0+h+2), str(l), fill="black")
     return sheet
 
-# %% ../nbs/02_frames.ipynb #c2af12ec
+# %% ../nbs/02_frames.ipynb #d0649e82
 def oracle(path) -> tuple:
     "All frames of a file by sequential decode: (uint8 [F,H,W,3] as displayed, seconds [F]). For tests: it holds every frame in memory."
     line = timeline(path); shape, out = _Shaper(line, None), {}
@@ -305,7 +307,7 @@ def exactness(path, n:int=12, seed:int=0, **kw) -> dict:
     return dict(equal_times=float((np.abs(f.times-t[i]) < 1e-6).mean()), diff=float(diff(f.data, x[i]).max()),
                 neighbour=float(diff(f.data, x[np.where(i+1 < len(t), i+1, i-1)]).mean()), backend=f.backend, reason=f.reason)
 
-# %% ../nbs/02_frames.ipynb #b6d44163
+# %% ../nbs/02_frames.ipynb #0fc6214a
 def small_frames(path, size=(64, 36), threads:int=2):
     "Yield (seconds, uint8 [H,W,3]) of every frame, in order."
     line = cached_timeline(path); shape = _Shaper(line, size)
@@ -327,3 +329,13 @@ def detect_shots(path, threshold:float=27., min_s:float=.4) -> list:
         cuts += d.process_frame(FrameTimecode(i, 25.), x[:, :, ::-1].copy())
     edges = sorted({0., *(times[min(c.frame_num, len(times)-1)] for c in cuts), p.duration})
     return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+
+# %% ../nbs/02_frames.ipynb #e4bb3980
+def show_shots(path, shots=None, width:int=96, cols:int=12):
+    "Shot strip: first and last frame of every shot, side by side, with the times of the shot."
+    shots = shots or detect_shots(path)
+    f = read_frames(path, [t for a, b in shots for t in (a, max(a, b-.02))], size=_small(path, width))
+    pairs = np.concatenate([f.data[0::2], f.data[1::2]], 2)
+    return show_frames(pairs, titles=[f"{a:.2f}-{b:.2f} s" for a, b in shots], cols=max(1, cols//2), width=2*width)
+
+def _small(path, width): p = cached_timeline(path).probe; return width, max(1, round(width*p.height/p.width))

@@ -5,29 +5,29 @@
 # %% auto #0
 __all__ = ['START', 'STEPS', 'GUARDRAILS', 'ReleaseError', 'GateConfig', 'read_field', 'score_of', 'Guard', 'guards_by',
            'tiny_predictions', 'pair', 'clip_sums', 'paired_interval', 'se_needed', 'clips_needed', 'worst_flips',
-           'adjusted_p', 'SliceResult', 'GateDecision', 'gate', 'plot_gate', 'simulate_gate', 'hash_folder',
-           'write_atomic', 'now', 'whoami', 'Registry', 'unit_hash', 'route', 'Router', 'show_registry',
-           'list_versions', 'show_version', 'promote', 'rollback', 'mixture_rho', 'sequence_radius', 'Guardrail',
-           'CanaryConfig', 'share_evidence', 'clustered_share', 'judge_guardrail', 'CanaryVerdict', 'judge_canary',
-           'run_canary', 'simulate_canary', 'compare_shadow']
+           'adjusted_p', 'SliceResult', 'GateDecision', 'gate', 'plot_gate', 'png', 'poster', 'page', 'table',
+           'gate_html', 'simulate_gate', 'hash_folder', 'write_text', 'whoami', 'Registry', 'route', 'Router',
+           'show_registry', 'list_versions', 'show_version', 'promote', 'rollback', 'mixture_rho', 'sequence_radius',
+           'Guardrail', 'CanaryConfig', 'share_evidence', 'clustered_share', 'judge_guardrail', 'CanaryVerdict',
+           'judge_canary', 'run_canary', 'simulate_canary', 'compare_shadow']
 
-# %% ../nbs/08_release.ipynb #1238c042
-import hashlib, json, os, time
+# %% ../nbs/08_release.ipynb #dee09154
+import base64, hashlib, html, io, json, os, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
-from .data import VideoVLMError
+from .data import VideoVLMError, atomic_write, utc_now
 from .evaluation import Prediction, clustered_interval, clustered_se
+from .splits import unit_hash
 
-# %% ../nbs/08_release.ipynb #d0ee2c5b
+# %% ../nbs/08_release.ipynb #6f155f11
 class ReleaseError(VideoVLMError): "A release step that must not be taken; the text says what would be."
 
-# %% ../nbs/08_release.ipynb #87f6f053
+# %% ../nbs/08_release.ipynb #0d30d340
 @dataclass(frozen=True)
 class GateConfig:
     "The rules of the gate, written down before the scores are known."
@@ -42,7 +42,7 @@ class GateConfig:
         if not 0 < self.alpha < 0.5: raise ReleaseError(f"alpha is a chance between 0 and 0.5, not {self.alpha}")
         if self.flips < 20/self.alpha: raise ReleaseError(f"flips={self.flips} cannot resolve alpha={self.alpha}; take {int(20/self.alpha)} or more")
 
-# %% ../nbs/08_release.ipynb #9e73b9ce
+# %% ../nbs/08_release.ipynb #58eaabfa
 def read_field(pred, *names, default=None):
     "The first of `names` that a prediction (object or dict) has; `default` if none, an error if that is None."
     for n in names:
@@ -53,7 +53,7 @@ def read_field(pred, *names, default=None):
 
 def score_of(pred)->float: "What a prediction scored: `score`, else `correct`."; return float(read_field(pred, "score", "correct"))
 
-# %% ../nbs/08_release.ipynb #9714ace8
+# %% ../nbs/08_release.ipynb #143af972
 @dataclass(frozen=True)
 class Guard:
     "One thing that must not get worse."
@@ -74,7 +74,7 @@ def guards_by(preds, *fields):
             out.append(Guard(v, lambda p, f=f, v=v: str(read_field(p, f, default="?")) == v))
     return out
 
-# %% ../nbs/08_release.ipynb #99aa35a5
+# %% ../nbs/08_release.ipynb #0a2db6f9
 def tiny_predictions(n_clips=200, skills=("colour","count","order"), per_clip=1, right=0.8, churn=0.02, fall=None, seed=0):
     "`(candidate, live)`: two lists of made-up predictions, `per_clip` questions a skill and clip; `fall` maps skill -> lost share (negative: gained)."
     rng, live, cand = np.random.default_rng(seed), [], []
@@ -88,7 +88,7 @@ def tiny_predictions(n_clips=200, skills=("colour","count","order"), per_clip=1,
             cand.append(Prediction(**p, score=float(new[c, q]), answer="yes" if new[c, q] else "no"))
     return cand, live
 
-# %% ../nbs/08_release.ipynb #3a3f6308
+# %% ../nbs/08_release.ipynb #4d204fb8
 def pair(candidate_preds, live_preds):
     "`[(candidate, live)]` matched by `id`; raises `ReleaseError` when the two did not answer the same questions."
     c, l = ({str(read_field(p, "id")): p for p in ps} for ps in (candidate_preds, live_preds))
@@ -98,7 +98,7 @@ def pair(candidate_preds, live_preds):
     if not l: raise ReleaseError("no predictions to compare")
     return [(c[i], l[i]) for i in l]
 
-# %% ../nbs/08_release.ipynb #52261616
+# %% ../nbs/08_release.ipynb #4dd1d24d
 def clip_sums(pairs, slices):
     "`(diff_CK, count_CK, clips)`: differences and question counts summed by clip, for every slice."
     clips = sorted({str(read_field(l, "clip")) for _, l in pairs}); at = {c: i for i, c in enumerate(clips)}
@@ -112,7 +112,7 @@ def clip_sums(pairs, slices):
     if empty: raise ReleaseError(f"no prediction falls into the guarded slices {empty}; add clips to the evaluation set or drop them from the gate")
     return diff_CK, count_CK, clips
 
-# %% ../nbs/08_release.ipynb #3d37ba94
+# %% ../nbs/08_release.ipynb #eec1f47d
 def paired_interval(diff_CK, count_CK, level=0.95):
     "`(mean_K, se_K, lo_K, hi_K)` of the paired difference a question, clustered by clip, with pseudo-clips for sparse slices."
     out, half = [], np.sqrt(.5)
@@ -123,7 +123,7 @@ def paired_interval(diff_CK, count_CK, level=0.95):
         out.append((d_C.sum()/n_C.sum(), float(clustered_se(s, n)), float(lo), float(hi)))
     return tuple(np.array(out).T)
 
-# %% ../nbs/08_release.ipynb #8da36b52
+# %% ../nbs/08_release.ipynb #75e06a5b
 def se_needed(fall=0.05, slices=1, alpha=0.05, power=0.8):
     "The largest standard error at which a `fall` in one of `slices` is caught with `power` at family-wise `alpha`."
     z = NormalDist().inv_cdf
@@ -133,7 +133,7 @@ def clips_needed(sd, fall=0.05, slices=1, alpha=0.05, power=0.8):
     "How many clips that takes, when the paired difference of one clip has standard deviation `sd`."
     return int(np.ceil((sd/se_needed(fall, slices, alpha, power))**2))
 
-# %% ../nbs/08_release.ipynb #6ae94125
+# %% ../nbs/08_release.ipynb #44449109
 def worst_flips(t_K, unit_CK, flips, seed):
     "Share of sign flips whose worst statistic over slices `k` and all milder ones reaches `t_K[k]`: max-T before monotony."
     rng, order = np.random.default_rng(seed), np.argsort(-t_K)
@@ -157,7 +157,7 @@ def adjusted_p(diff_CK, flips=4000, seed=0):
     p_K[order] = np.maximum.accumulate(p_K[order])
     return t_K, p_K
 
-# %% ../nbs/08_release.ipynb #e170ab39
+# %% ../nbs/08_release.ipynb #b49c1fc8
 @dataclass(frozen=True)
 class SliceResult:
     "What the gate found in one slice; differences are candidate minus live, signed so that negative is worse."
@@ -177,7 +177,7 @@ class SliceResult:
     blocks:bool # Holds the release
     lost:tuple=() # (clip, id, question, live answer, candidate answer) of what was lost
 
-# %% ../nbs/08_release.ipynb #e6f8d66c
+# %% ../nbs/08_release.ipynb #ce3c9a0d
 @dataclass(frozen=True)
 class GateDecision:
     "Whether a candidate may go on, why, and what to look at."
@@ -193,7 +193,7 @@ class GateDecision:
     def to_dict(self): return dict(asdict(self), passed=self.passed)
     def __str__(self): return "\n".join([("BLOCKED" if self.blocked else "PASSED")+f" ({len(self.slices)} slices)", *self.reasons, *(f"warning: {w}" for w in self.warnings)])
 
-# %% ../nbs/08_release.ipynb #aa1770ab
+# %% ../nbs/08_release.ipynb #305167ca
 def _lost(pairs, s, show):
     "The questions of slice `s` where the candidate did worse, worst first."
     out = [((1 if s.higher_is_better else -1)*(s.value(c)-s.value(l)), c, l) for c, l in pairs if s.takes(l)]
@@ -207,7 +207,7 @@ def _verdict(s, eps, diff, lo1, p, cfg):
     if lo1 >= -eps: return "non-inferior", False
     return "unproven", s.strict
 
-# %% ../nbs/08_release.ipynb #e36ef794
+# %% ../nbs/08_release.ipynb #c0a6c41d
 def gate(candidate_preds, live_preds, slices=None, epsilon=None, alpha=None, cfg=GateConfig())->GateDecision:
     "Decide whether the candidate may replace live: paired, clustered by clip, family-wise over `slices` (default: overall and by skill)."
     if epsilon is not None or alpha is not None: cfg = replace(cfg, epsilon=cfg.epsilon if epsilon is None else epsilon, alpha=cfg.alpha if alpha is None else alpha)
@@ -227,7 +227,7 @@ def gate(candidate_preds, live_preds, slices=None, epsilon=None, alpha=None, cfg
             float(mean_K[k]), float(lo_K[k]), float(hi_K[k]), float(p_K[k]), eps, float(far), verdict, blocks, _lost(pairs, s, cfg.show)))
     return _decide(found, cfg)
 
-# %% ../nbs/08_release.ipynb #3ee06372
+# %% ../nbs/08_release.ipynb #f53bf58e
 def _decide(found, cfg):
     "Put slice results together into a decision with reasons in words."
     found = sorted(found, key=lambda r: (not r.blocks, r.p, r.diff))
@@ -236,7 +236,7 @@ def _decide(found, cfg):
     warn = tuple(f"{r.name}: {r.clips} clips cannot show a fall below {r.detectable:.3f}" for r in found if r.verdict == "unproven" and not r.blocks)
     return GateDecision(any(r.blocks for r in found), tuple(why(r) for r in found if r.blocks), tuple(found), cfg, warn)
 
-# %% ../nbs/08_release.ipynb #3d40bb79
+# %% ../nbs/08_release.ipynb #36bcdaa9
 def plot_gate(decision, ax=None):
     "Forest plot of a `GateDecision`: differences with 95% intervals against the tolerated fall. Returns the axes."
     import matplotlib.pyplot as plt
@@ -249,7 +249,46 @@ def plot_gate(decision, ax=None):
     ax.set_xlabel("candidate - live (negative is worse); grey: tolerated"); ax.set_title("BLOCKED" if decision.blocked else "PASSED")
     return ax
 
-# %% ../nbs/08_release.ipynb #17fc2033
+# %% ../nbs/08_release.ipynb #1593fbef
+def png(fig)->str:
+    "A figure as an HTML image; closes the figure."
+    import matplotlib.pyplot as plt
+    b = io.BytesIO(); fig.savefig(b, format="png", bbox_inches="tight"); plt.close(fig)
+    return f'<img src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
+
+def poster(uri)->str:
+    "The first frame of a clip as an HTML image, or its name where it cannot be read."
+    from video_vlm.data import _poster
+    try: return f'<img src="data:image/png;base64,{_poster(uri)}">'
+    except Exception: return html.escape(str(uri))
+
+def page(title, body)->str:
+    "A self-contained HTML page in the style of this package's reports."
+    return f"""<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:15px sans-serif;max-width:1000px;margin:2em auto}}
+td,th{{padding:3px 9px;text-align:right;border-bottom:1px solid #ddd}}.bad{{color:#c0392b;font-weight:bold}}</style><h1>{html.escape(title)}</h1>{body}"""
+
+def table(rows, cols)->str:
+    "Dicts or objects as an HTML table."
+    get = lambda r, c: r[c] if isinstance(r, dict) else getattr(r, c)
+    cell = lambda v: f"{v:.4g}" if isinstance(v, float) else v if str(v).startswith("<img") else html.escape(str(v))
+    body = "".join("<tr>"+"".join(f"<td>{cell(get(r, c))}</td>" for c in cols)+"</tr>" for r in rows)
+    return f"<table><tr>{''.join(f'<th>{c}</th>' for c in cols)}</tr>{body}</table>"
+
+# %% ../nbs/08_release.ipynb #8bcf189d
+def gate_html(decision, path=None, uri_of=None)->str:
+    "Page of a `GateDecision`; `uri_of(clip)` gives a file for its poster. Written to `path` if given."
+    cols = ("name","kind","n","clips","live","candidate","diff","lo","hi","p","epsilon","detectable","verdict")
+    body = "".join(f"<p class=bad>{html.escape(r)}</p>" for r in decision.reasons)+"".join(f"<p>{html.escape(w)}</p>" for w in decision.warnings)
+    body += png(plot_gate(decision).figure)+table(decision.slices, cols)
+    for r in decision.slices:
+        if not r.blocks: continue
+        rows = [dict(clip=poster(uri_of(c)) if uri_of else c, question=q, live=a, candidate=b) for c, _, q, a, b in r.lost]
+        body += f"<h2>{html.escape(r.name)}: lost</h2>"+table(rows, ("clip", "question", "live", "candidate"))
+    out = page("Gate: "+("BLOCKED" if decision.blocked else "passed"), body)
+    if path: write_text(path, out)
+    return out
+
+# %% ../nbs/08_release.ipynb #817f7265
 def simulate_gate(n=400, clips=200, slices=8, q=1, churn=0.02, fall=0., spread=1., seed=0, cfg=GateConfig(flips=2000)):
     "`(share blocked, share blocked for the slice that fell)` over `n` made-up candidates; `spread` is the clip-to-clip spread of churn."
     rng, blocked, caught = np.random.default_rng(seed), 0, 0
@@ -263,7 +302,7 @@ def simulate_gate(n=400, clips=200, slices=8, q=1, churn=0.02, fall=0., spread=1
         blocked += worse.any(); caught += worse[0]
     return blocked/n, caught/n
 
-# %% ../nbs/08_release.ipynb #f4ca36c0
+# %% ../nbs/08_release.ipynb #dacc8172
 def hash_folder(folder)->str:
     "sha256 over the relative names and bytes of all files: the identity of a checkpoint."
     folder, h = Path(folder), hashlib.sha256()
@@ -275,17 +314,15 @@ def hash_folder(folder)->str:
             while b := f.read(1<<20): h.update(b)
     return h.hexdigest()
 
-def write_atomic(path, text):
-    "Write a small text file so that a reader sees the old or the new one, never half."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    with tmp.open("w", encoding="utf-8") as f: f.write(text); f.flush(); os.fsync(f.fileno())
-    os.replace(tmp, path); return path
+def write_text(path, text):
+    "Write a text file so that a reader sees the old or the new one, never half."
+    with atomic_write(path) as f: f.write(text)
+    return Path(path)
 
-# %% ../nbs/08_release.ipynb #480491a5
+# %% ../nbs/08_release.ipynb #a9b946bb
 START = dict(seq=0, live=None, canary=None, percent=0, salt="", previous=[], since="", shadow=None, shadow_share=0.)
 STEPS = (1, 10, 100) # Percent of traffic on a canary
 
-def now()->str: "UTC time, seconds."; return datetime.now(timezone.utc).isoformat(timespec="seconds")
 def whoami()->str:
     "User name for the log."
     return os.environ.get("USER") or os.environ.get("LOGNAME") or f"uid{os.getuid()}"
@@ -299,7 +336,7 @@ def _mlflow(db):
     uri = f"sqlite:///{Path(db).absolute()}"
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
-# %% ../nbs/08_release.ipynb #e0aeb46d
+# %% ../nbs/08_release.ipynb #b42e4134
 class Registry:
     "Versions of one model with their states; every change is one transaction and is logged with who, when and why."
     def __init__(self, folder, model="video-vlm"):
@@ -323,7 +360,7 @@ class Registry:
     def commit(self, state, what, who, why=""):
         "Write-ahead event, then the one row that counts, then the mirrors. Call it under `lock`."
         state = dict(state, seq=state["seq"]+1)
-        event = dict(seq=state["seq"], when=now(), who=who or whoami(), what=what, why=why, live=state["live"], canary=state["canary"], percent=state["percent"])
+        event = dict(seq=state["seq"], when=utc_now(), who=who or whoami(), what=what, why=why, live=state["live"], canary=state["canary"], percent=state["percent"])
         self.client.set_registered_model_tag(self.model, f"event.{state['seq']:06d}", json.dumps(event))
         self.client.set_registered_model_tag(self.model, "state", json.dumps(state))
         self._mirror(state); return state
@@ -332,7 +369,7 @@ class Registry:
         tags, seq = self.tags(), self.state()["seq"]
         return [json.loads(v) for k, v in sorted(tags.items()) if k.startswith("event.") and int(k[6:]) <= seq]
 
-# %% ../nbs/08_release.ipynb #46550d07
+# %% ../nbs/08_release.ipynb #c4c55cb6
 @patch
 def _mirror(self:Registry, state):
     "Bring what others read (MLflow aliases, `serving.json`) in line with the state row."
@@ -344,9 +381,9 @@ def _mirror(self:Registry, state):
     path = self.folder/"serving.json"
     out = dict(state, model=self.model, checkpoints={str(v): self.get(v)["checkpoint"] for v in {state["live"], state["canary"], state["shadow"]} - {None}})
     text = json.dumps(out, indent=1, sort_keys=True)
-    if not path.exists() or path.read_text() != text: write_atomic(path, text)
+    if not path.exists() or path.read_text() != text: write_text(path, text)
 
-# %% ../nbs/08_release.ipynb #83223a09
+# %% ../nbs/08_release.ipynb #55374ae9
 def _state_of(v, state, history):
     "State of version `v`: live, canary, retired (has served or was turned down) or candidate."
     if v == state["live"]: return "live"
@@ -373,12 +410,12 @@ def versions(self:Registry)->list:
     state, history = self.state(), self.history()
     return sorted((self._row(v, state, history) for v in self.client.search_model_versions(f"name='{self.model}'")), key=lambda r: r["version"])
 
-# %% ../nbs/08_release.ipynb #3880c5b6
+# %% ../nbs/08_release.ipynb #4f5cb0b2
 @patch
 def _card(self:Registry, doc):
     "Keep a JSON document under its hash; returns the path inside the registry."
     text = json.dumps(doc, sort_keys=True, default=str, indent=1); rel = f"cards/{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
-    if not (self.folder/rel).exists(): write_atomic(self.folder/rel, text)
+    if not (self.folder/rel).exists(): write_text(self.folder/rel, text)
     return rel
 
 @patch
@@ -390,7 +427,7 @@ def register(self:Registry, checkpoint, recipe=None, data="", reports=None, pare
             if r["hash"] == h: return r["version"]
         if parent is not None: self.get(parent)
         docs = {**({"recipe": recipe} if recipe is not None else {}), **(reports or {})}
-        tags = dict(hash=h, data=str(data)[:1000], who=who or whoami(), when=now(), notes=notes[:1000], **({"parent": str(parent)} if parent else {}), **{f"report.{k}": self._card(d) for k, d in docs.items()})
+        tags = dict(hash=h, data=str(data)[:1000], who=who or whoami(), when=utc_now(), notes=notes[:1000], **({"parent": str(parent)} if parent else {}), **{f"report.{k}": self._card(d) for k, d in docs.items()})
         return int(self.client.create_model_version(self.model, str(Path(checkpoint).absolute()), tags=tags).version)
 
 @patch
@@ -405,7 +442,7 @@ def verify(self:Registry, version):
     r = self.get(version); h = hash_folder(r["checkpoint"])
     if h != r["hash"]: raise ReleaseError(f"version {version}: {r['checkpoint']} has changed since it was registered ({r['hash'][:12]} is now {h[:12]})")
 
-# %% ../nbs/08_release.ipynb #31ebd767
+# %% ../nbs/08_release.ipynb #f31918f2
 @patch
 def promote(self:Registry, version, who=None, why="", force=False, expect=None)->dict:
     "Move a version one step: candidate -> canary 1 -> 10 -> 100 percent -> live. `expect`: refuse unless the state still has this `seq`."
@@ -418,31 +455,26 @@ def promote(self:Registry, version, who=None, why="", force=False, expect=None)-
             raise ReleaseError(f"version {v} has no passed gate report; run the gate, attach it, or use force with a reason")
         if (force or r["state"] == "retired") and not why: raise ReleaseError(f"version {v} is {r['state']}{' and forced' if force else ''}: say why (why=...)")
         self.verify(v)
-        if not s["live"]: return self.commit(dict(s, live=v, since=now()), "promote", who, why or "first version")
-        return self.commit(dict(s, canary=v, percent=STEPS[0], salt=f"canary-{v}-{s['seq']+1}", since=now()), "canary", who, why)
+        if not s["live"]: return self.commit(dict(s, live=v, since=utc_now()), "promote", who, why or "first version")
+        return self.commit(dict(s, canary=v, percent=STEPS[0], salt=f"canary-{v}-{s['seq']+1}", since=utc_now()), "canary", who, why)
 
 @patch
 def _next_step(self:Registry, s, v, who, why):
     "The next share for a canary, or live after the last."
     later = [p for p in STEPS if p > s["percent"]]
-    if later: return self.commit(dict(s, percent=later[0], since=now()), "step", who, why)
-    return self.commit(dict(s, live=v, canary=None, percent=0, salt="", previous=[s["live"], *s["previous"]][:20], since=now()), "promote", who, why)
+    if later: return self.commit(dict(s, percent=later[0], since=utc_now()), "step", who, why)
+    return self.commit(dict(s, live=v, canary=None, percent=0, salt="", previous=[s["live"], *s["previous"]][:20], since=utc_now()), "promote", who, why)
 
 @patch
 def rollback(self:Registry, who=None, why="", expect=None)->dict:
     "Drop the canary, or, without one, bring back the version that was live before. Returns the new state."
     with self.lock():
         s = self.expected(expect)
-        if s["canary"]: return self.commit(dict(s, canary=None, percent=0, salt="", since=now()), "rollback", who, why)
+        if s["canary"]: return self.commit(dict(s, canary=None, percent=0, salt="", since=utc_now()), "rollback", who, why)
         if not s["previous"]: raise ReleaseError("nothing to roll back to: no canary and no earlier live version")
-        return self.commit(dict(s, live=s["previous"][0], previous=s["previous"][1:], since=now()), "rollback", who, why)
+        return self.commit(dict(s, live=s["previous"][0], previous=s["previous"][1:], since=utc_now()), "rollback", who, why)
 
-# %% ../nbs/08_release.ipynb #35f53922
-def unit_hash(*parts)->float:
-    "A number in [0, 1) from strings: same everywhere, unrelated between salts."
-    h = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(h[:7], "big")/(1<<56)
-
+# %% ../nbs/08_release.ipynb #47875fab
 def route(state, key)->dict:
     "`{variant, version, shadow}` for a request: which version answers, and which one answers a copy unseen."
     into = state["canary"] is not None and unit_hash(state["salt"], key) < state["percent"]/100
@@ -460,7 +492,7 @@ class Router:
     def route(self, key): return route(self.state(), key)
     def adapter(self, version): return f"{self.state().get('model', 'video-vlm')}-v{version}"
 
-# %% ../nbs/08_release.ipynb #6b61c98c
+# %% ../nbs/08_release.ipynb #d1743ce1
 def show_registry(reg)->str:
     "A table of versions for the terminal."
     rows = [("version","state","parent","data","who","when","gate")]
@@ -474,7 +506,7 @@ def show_version(folder, version): "One version as a dict."; return Registry(fol
 def promote(folder, version, who=None, why="", force=False): "One step forward; see `Registry.promote`."; return Registry(folder).promote(version, who, why, force)
 def rollback(folder, who=None, why=""): "One step back; see `Registry.rollback`."; return Registry(folder).rollback(who, why)
 
-# %% ../nbs/08_release.ipynb #a3b1d44e
+# %% ../nbs/08_release.ipynb #6d295543
 def mixture_rho(information, alpha=0.05):
     "The mixture parameter that makes the sequence tightest near this information (1/se^2). Howard et al. (2021), section 3.5."
     from scipy.special import lambertw
@@ -485,7 +517,7 @@ def sequence_radius(se, alpha=0.05, planned_se=0.02):
     v, rho = 1/np.maximum(se, 1e-12)**2, mixture_rho(1/planned_se**2, alpha)
     return np.sqrt((v+rho)*np.log((v+rho)/(rho*alpha**2)))/v
 
-# %% ../nbs/08_release.ipynb #8d135034
+# %% ../nbs/08_release.ipynb #92effc4f
 @dataclass(frozen=True)
 class Guardrail:
     "A share of requests that must stay low."
@@ -507,7 +539,7 @@ class CanaryConfig:
     min_requests:int=500 # Canary requests at a step before it may go on
     planned_se:float=0.005 # Where the interval of live's share is tightest
 
-# %% ../nbs/08_release.ipynb #2153c342
+# %% ../nbs/08_release.ipynb #36acc284
 def share_evidence(k, n, p0):
     "Log of the always-valid evidence that a share exceeds `p0` after `k` of `n`: uniform mixture over (p0, 1) against p0. Robbins (1970)."
     from scipy.special import betaincc, betaln, xlog1py, xlogy
@@ -524,7 +556,7 @@ def clustered_share(values, keys):
     ss = max(((total-m*v.mean())**2).sum()*len(m)/max(len(m)-1, 1), binomial)
     return float(v.mean()), float(np.sqrt(ss)/(len(v)+1)), len(v), float(ss/binomial)
 
-# %% ../nbs/08_release.ipynb #5778e896
+# %% ../nbs/08_release.ipynb #ce75ddfd
 def judge_guardrail(g, records, cfg):
     "One guardrail: `{name, live, canary, over, allowed, n_live, n_canary, bad}`, valid at every look."
     arm = {a: [r for r in records if r["variant"] == a] for a in ("live", "canary")}
@@ -535,7 +567,7 @@ def judge_guardrail(g, records, cfg):
     bad = [p0 for p0 in allowed if p0 < 1 and share_evidence(mc*nc/design, nc/design, p0) > -np.log(alpha)]
     return dict(name=g.name, live=ml, canary=mc, over=mc-ml if nl else 0., allowed=min(allowed, default=1.), n_live=nl, n_canary=nc, bad=bool(bad))
 
-# %% ../nbs/08_release.ipynb #c1ff0f94
+# %% ../nbs/08_release.ipynb #0c59b9f1
 @dataclass(frozen=True)
 class CanaryVerdict:
     "What to do with a canary now."
@@ -561,7 +593,7 @@ def run_canary(reg, records, cfg=CanaryConfig(), who="canary")->CanaryVerdict:
     if v.action == "advance": reg.promote(s["canary"], who, "; ".join(v.reasons)[:1000], expect=s["seq"])
     return v
 
-# %% ../nbs/08_release.ipynb #11c8f235
+# %% ../nbs/08_release.ipynb #92156f55
 def simulate_canary(n=300, looks=30, per_look=2000, share=0.1, live=0.01, canary=0.01, seed=0, cfg=CanaryConfig()):
     "`(share rolled back, median interval of the rollback)` by the error guardrail alone, over `n` made-up canaries."
     rng, g = np.random.default_rng(seed), cfg.guardrails[0]
@@ -575,7 +607,7 @@ def simulate_canary(n=300, looks=30, per_look=2000, share=0.1, live=0.01, canary
     first = bad.argmax(1)[bad.any(1)]+1
     return float(bad.any(1).mean()), float(np.median(first)) if len(first) else None
 
-# %% ../nbs/08_release.ipynb #8c544e52
+# %% ../nbs/08_release.ipynb #104f52cb
 @patch
 def shadow(self:Registry, version, share=0.05, who=None, why="")->dict:
     "Let a version answer a copy of `share` of the traffic unseen; `version=None` ends it."
@@ -589,7 +621,7 @@ def compare_shadow(rows, same=lambda a, b: a.strip().lower() == b.strip().lower(
     m, se, n, _ = clustered_share(ok, [r.get("key", i) for i, r in enumerate(rows)])
     return dict(agreement=m, ci95=(max(0, m-1.96*se), min(1, m+1.96*se)), n=n, differ=[r for r, o in zip(rows, ok) if not o])
 
-# %% ../nbs/08_release.ipynb #c03198ac
+# %% ../nbs/08_release.ipynb #2b39a9b5
 @patch
 def find_notes(self:Registry, text)->list:
     "Where `text` occurs in notes, reasons and cards: `[(kind, key)]`."
@@ -604,6 +636,6 @@ def scrub_notes(self:Registry, text, by="[erased]")->int:
     with self.lock():
         for kind, key in found:
             if kind == "event": self.client.set_registered_model_tag(self.model, key, self.tags()[key].replace(text, by))
-            elif kind == "card": p = self.folder/"cards"/key; write_atomic(p, p.read_text().replace(text, by))
+            elif kind == "card": p = self.folder/"cards"/key; write_text(p, p.read_text().replace(text, by))
             else: v = kind.split()[1]; self.client.set_model_version_tag(self.model, v, key, self.client.get_model_version(self.model, v).tags[key].replace(text, by))
     return len(found)

@@ -6,19 +6,20 @@
 __all__ = ['ARCH', 'VLLM_ENV', 'ENGINES', 'BadRequest', 'EngineBusy', 'EngineDown', 'UnknownAdapter', 'EngineConfig', 'Request',
            'Usage', 'Delta', 'prompt_ids', 'full_ids', 'load_processor', 'full_checkpoint', 'load_encoder',
            'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'vllm_args', 'VLLMEngine',
-           'check_room', 'TextStream', 'sample', 'DecodeBatch', 'TransformersEngine', 'has_vllm', 'make_engine',
-           'collect']
+           'check_room', 'adapter_projector', 'project', 'TextStream', 'sample', 'DecodeBatch', 'TransformersEngine',
+           'has_vllm', 'make_engine', 'collect']
 
-# %% ../nbs/09_serving.ipynb #8dea96c0
-import asyncio, functools, itertools, json, os, threading, time, uuid
-from dataclasses import asdict, dataclass, field, replace
+# %% ../nbs/09_serving.ipynb #f9b80a1e
+import asyncio, functools, itertools, os, threading, uuid
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .data import VideoVLMError
 
-# %% ../nbs/09_serving.ipynb #1c018ce9
+# %% ../nbs/09_serving.ipynb #7d3a326a
 class BadRequest(VideoVLMError):
     "The request cannot be answered as it stands (HTTP 400)."
     code = "bad_request"
@@ -35,7 +36,7 @@ class UnknownAdapter(BadRequest):
     "No adapter of that name is loaded (HTTP 404)."
     code = "unknown_model"
 
-# %% ../nbs/09_serving.ipynb #18a589f7
+# %% ../nbs/09_serving.ipynb #d62673e8
 @dataclass(frozen=True)
 class EngineConfig:
     "How an engine runs; the checkpoint decides everything else."
@@ -58,7 +59,7 @@ class EngineConfig:
         if bad: raise VideoVLMError(f"EngineConfig: {', '.join(bad)} must be at least 1")
         if self.adapters and not self.max_loras: object.__setattr__(self, "max_loras", len(self.adapters))
 
-# %% ../nbs/09_serving.ipynb #7eb4da6c
+# %% ../nbs/09_serving.ipynb #307d2b25
 @dataclass(frozen=True)
 class Request:
     "One question. `videos` stand for the video parts of `messages`, in order."
@@ -95,7 +96,7 @@ class Delta:
     finish_reason:str|None = None # stop, length or abort
     usage:Usage|None = None # On the very last delta
 
-# %% ../nbs/09_serving.ipynb #f626afe4
+# %% ../nbs/09_serving.ipynb #87129ee5
 def prompt_ids(processor, messages:list) -> list:
     "Token ids of a chat with one placeholder per video: what the vLLM plug-in expands."
     from video_vlm.model import VIDEO, text_ids
@@ -115,7 +116,7 @@ def load_processor(checkpoint):
     try: return VideoVLMProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError) as e: raise VideoVLMError(f"no model at {checkpoint!r}: give a checkpoint folder, or a hub id where there is a network ({str(e).splitlines()[0][:120]})") from None
 
-# %% ../nbs/09_serving.ipynb #5d525dd6
+# %% ../nbs/09_serving.ipynb #4cc21717
 def full_checkpoint(checkpoint) -> str:
     "A folder that an engine can load: `checkpoint` itself, or its merged copy in the cache where it is a light one."
     import hashlib, subprocess, sys
@@ -145,7 +146,7 @@ def load_encoder(checkpoint):
     encoder.load_state_dict(state)
     return encoder.eval()
 
-# %% ../nbs/09_serving.ipynb #b7a0870c
+# %% ../nbs/09_serving.ipynb #8a6ef598
 def tiny_checkpoint(folder, seed:int=0, layers:int=2) -> str:
     "Writes a small random checkpoint (model and tokenizer) for examples and tests."
     import torch
@@ -171,11 +172,19 @@ def fake_tokens(moments:int, seed:int=0, width:int=64, n:int=16):
     x = np.random.default_rng(seed).normal(size=(moments, n, width)).astype(np.float16)
     return VisualTokens(x, np.arange(moments)/2, np.arange(moments)/2+.5, f"fake-{moments}-{seed}-{n}")
 
-# %% ../nbs/09_serving.ipynb #e264f567
+# %% ../nbs/09_serving.ipynb #0683a3f2
 ARCH = "VideoVLMForConditionalGeneration"
+
+def _die_with_parent():
+    "In vLLM's core process: end when the gateway is gone, however it went (a `kill -9` leaves no orphan that holds memory)."
+    import multiprocessing as mp
+    parent = mp.parent_process()
+    if parent is None or not mp.current_process().name.startswith("EngineCore"): return
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True, name="parent-watch").start()
 
 def register():
     "The plug-in's entry point: tells vLLM and transformers about the model. Safe to call again."
+    _die_with_parent()
     import video_vlm.model # registers config and processor with transformers
     from vllm import ModelRegistry
     if ARCH not in ModelRegistry.get_supported_archs(): ModelRegistry.register_model(ARCH, _vllm_model()) # the class, not its name: by name vLLM would look at it in a process of its own, 8 s on every first start
@@ -189,28 +198,31 @@ def video_item(video) -> dict:
     fps, idx = float((meta or {}).get("fps") or 1.), (meta or {}).get("frames_indices")
     return dict(frames=np.asarray(frames), times=np.asarray(range(len(frames)) if idx is None else idx)/fps)
 
-# %% ../nbs/09_serving.ipynb #1b5706df
+# %% ../nbs/09_serving.ipynb #d0caf6a4
 def checked_item(item:dict, config) -> dict:
-    "An item's arrays for the model: tokens `[M, N, D]` or frames `[T, S, S, 3]` (the other empty) and starts `[M]`. Raises `BadRequest`."
+    "An item's arrays for the model: starts `[M]`, and one of tokens `[M, N, D]`, embeds `[M, N, H]` (after a projector), frames `[T, S, S, 3]`; the others are empty. Raises `BadRequest`."
     import torch
-    e = config.encoder_config
+    e, H = config.encoder_config, config.get_text_config().hidden_size
     D, N, S, g = e.width, e.tokens_per_group, e.size, e.group
-    if "tokens" in item:
-        t, s = torch.as_tensor(np.asarray(item["tokens"])), torch.as_tensor(np.asarray(item["starts"], np.float64))
-        if t.ndim != 3 or t.shape[2] != D or not 1 <= t.shape[1] <= N or len(s) != len(t) or not len(t):
-            raise BadRequest(f"visual tokens of shape {tuple(t.shape)} with {len(s)} starts: expected [M, 1..{N}, {D}] with M starts")
-        return dict(video_tokens=t, video_starts=s, video_frames=torch.zeros(0, S, S, 3, dtype=torch.uint8))
+    out = dict(video_tokens=torch.zeros(0, N, D, dtype=torch.float16), video_embeds=torch.zeros(0, N, H), video_frames=torch.zeros(0, S, S, 3, dtype=torch.uint8))
+    if "frames" in item: return {**out, **_checked_frames(item, S, g)}
+    name, width = ("video_embeds", H) if "embeds" in item else ("video_tokens", D)
+    t, s = torch.tensor(np.asarray(item[name[6:]])), torch.tensor(np.asarray(item["starts"], np.float64))
+    if t.ndim != 3 or t.shape[2] != width or not 1 <= t.shape[1] <= N or len(s) != len(t) or not len(t):
+        raise BadRequest(f"visual tokens of shape {tuple(t.shape)} with {len(s)} starts: expected [M, 1..{N}, {width}] with M starts")
+    return {**out, name: t, "video_starts": s}
+
+def _checked_frames(item, S, g):
+    import torch
+    from PIL import Image
     f, s = np.asarray(item["frames"]), np.asarray(item["times"], np.float64)
     if f.ndim != 4 or f.shape[3] != 3 or f.dtype != np.uint8 or len(f) != len(s) or not len(f): raise BadRequest(f"frames of shape {f.shape}, {f.dtype}: expected uint8 [T, H, W, 3] with T times")
-    if f.shape[1:3] != (S, S):
-        from PIL import Image
-        f = np.stack([np.asarray(Image.fromarray(x).resize((S, S), Image.BILINEAR, reducing_gap=2.)) for x in f])
-    return dict(video_tokens=torch.zeros(0, N, D, dtype=torch.float16), video_starts=torch.as_tensor(s[::g].copy()), video_frames=torch.as_tensor(f))
+    if f.shape[1:3] != (S, S): f = np.stack([np.asarray(Image.fromarray(x).resize((S, S), Image.BILINEAR, reducing_gap=2.)) for x in f])
+    return dict(video_starts=torch.as_tensor(s[::g].copy()), video_frames=torch.tensor(f))
 
-# %% ../nbs/09_serving.ipynb #c5254a44
+# %% ../nbs/09_serving.ipynb #0e19ae4e
 @functools.cache
 def _vllm_info():
-    import torch
     from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
     from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseProcessingInfo
 
@@ -238,7 +250,7 @@ def _vllm_info():
             return {"video": [one]*mm_counts.get("video", 0)}
     return Info, Dummy
 
-# %% ../nbs/09_serving.ipynb #553419bf
+# %% ../nbs/09_serving.ipynb #69e3c483
 @functools.cache
 def _vllm_processor():
     from types import SimpleNamespace
@@ -254,22 +266,21 @@ def _vllm_processor():
 
         def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
             one = MultiModalFieldConfig.batched
-            return dict(video_tokens=one("video"), video_frames=one("video"), video_starts=one("video", keep_on_cpu=True))
+            return dict(video_tokens=one("video"), video_embeds=one("video"), video_frames=one("video"), video_starts=one("video", keep_on_cpu=True))
 
         def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
             cfg, tok = self.info.get_hf_config(), self.info.get_tokenizer()
             def expand(i):
                 d = out_mm_kwargs["video"][i].get_data()
-                n = d["video_tokens"].shape[1] # of empty tokens: the encoder's own N
+                n = d["video_embeds" if len(d["video_embeds"]) else "video_tokens"].shape[1] # of empty tokens: the encoder's own N
                 ids = video_ids(tok, SimpleNamespace(starts=d["video_starts"].tolist(), tokens_per_group=n))
                 return PromptUpdateDetails.select_token_id(ids, cfg.video_token_id)
             return [PromptReplacement(modality="video", target=[cfg.video_token_id], replacement=expand)]
     return Processor
 
-# %% ../nbs/09_serving.ipynb #e76ac0e3
+# %% ../nbs/09_serving.ipynb #512d697e
 @functools.cache
 def _vllm_model():
-    import torch
     from torch import nn
     from video_vlm.encoder import VideoEncoder
     from video_vlm.model import Projector
@@ -297,9 +308,9 @@ def _vllm_model():
         def get_placeholder_str(cls, modality, i): return "<|video|>"
         def get_mm_mapping(self): return MultiModelKeys.from_string_field(language_model="language_model", connector="projector", tower_model="encoder")
 
-        def embed_multimodal(self, video_tokens=None, video_frames=(), **kw):
-            rows = zip(video_tokens, video_frames) if video_tokens is not None else ()
-            return [self.projector(t if len(t) else self.encode(f)).flatten(0, 1) for t, f in rows]
+        def embed_multimodal(self, video_tokens=None, video_embeds=None, video_frames=None, **kw):
+            rows = zip(video_tokens, video_embeds, video_frames) if video_tokens is not None else ()
+            return [(e if len(e) else self.projector(t if len(t) else self.encode(f))).flatten(0, 1) for t, e, f in rows]
 
         def encode(self, frames_THWC):
             if self.encoder is None: raise ValueError("this engine takes stored tokens only (with_encoder=False)")
@@ -317,7 +328,7 @@ def _vllm_model():
             return AutoWeightsLoader(self).load_weights((k, v) for k, v in weights if self.encoder is not None or not k.startswith("encoder."))
     return VLLMModel
 
-# %% ../nbs/09_serving.ipynb #4f3995e5
+# %% ../nbs/09_serving.ipynb #39431c7e
 VLLM_ENV = dict(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_WORKER_MULTIPROC_METHOD="spawn", VLLM_ENABLE_V1_MULTIPROCESSING="0",
                 VLLM_CPU_OMP_THREADS_BIND="nobind", TOKENIZERS_PARALLELISM="false")
 
@@ -332,14 +343,14 @@ def vllm_args(cfg:EngineConfig, cpu:bool=True, context:int=2048) -> dict:
     if cpu: out.update(enforce_eager=True, block_size=32, distributed_executor_backend="uni")
     return out
 
-# %% ../nbs/09_serving.ipynb #1013a824
+# %% ../nbs/09_serving.ipynb #ad78371d
 class VLLMEngine:
     "vLLM behind the engine interface: `start`, `generate`, `abort`, `load_adapter`, `drop_adapter`, `stats`, `stop`."
     name = "vllm"
     def __init__(self, cfg:EngineConfig):
         cfg = replace(cfg, checkpoint=full_checkpoint(cfg.checkpoint))
         self.cfg, self.processor = cfg, load_processor(cfg.checkpoint)
-        self.llm, self.watcher, self.running, self.restarts, self.adapters, self.stopping = None, None, 0, 0, {}, False
+        self.llm, self.watcher, self.running, self.restarts, self.adapters, self.projectors, self.stopping = None, None, 0, 0, {}, {}, False
         self.video_id = self.processor.tokenizer.convert_tokens_to_ids("<|video|>")
         self.context = cfg.max_model_len or _context(cfg.checkpoint)
         self._ids = itertools.count(1)
@@ -353,32 +364,37 @@ class VLLMEngine:
         args = vllm_args(self.cfg, cpu, self.context)
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
 
-    async def start(self):
-        "Start the core and the watcher; returns when requests can be answered."
-        self.llm = await asyncio.to_thread(self._build)
-        for name, folder in {**dict(self.cfg.adapters), **{k: v.lora_path for k, v in self.adapters.items()}}.items(): await self.load_adapter(name, folder)
-        if self.watcher is None: self.watcher = asyncio.create_task(self._watch())
-        return self
-
     @property
     def ready(self): return self.llm is not None and not self.llm.errored
 
-    async def _watch(self, every=.5):
-        while not self.stopping:
-            await asyncio.sleep(every)
-            if self.llm is not None and self.llm.errored and not self.stopping:
-                dead, self.llm = self.llm, None
-                self.restarts += 1
-                await asyncio.to_thread(_shut, dead)
-                try: await self.start()
-                except Exception as e: print(f"engine restart failed: {e}", flush=True)
+# %% ../nbs/09_serving.ipynb #2c72d6a5
+@patch
+async def start(self:VLLMEngine):
+    "Start the core and the watcher; returns when requests can be answered."
+    self.llm = await asyncio.to_thread(self._build)
+    for name, folder in {**dict(self.cfg.adapters), **{k: v.lora_path for k, v in self.adapters.items()}}.items(): await self.load_adapter(name, folder)
+    if self.watcher is None: self.watcher = asyncio.create_task(self._watch())
+    return self
 
-    async def stop(self):
-        "End the core process."
-        self.stopping = True
-        if self.watcher: self.watcher.cancel()
-        if self.llm is not None: await asyncio.to_thread(_shut, self.llm)
-        self.llm = None
+@patch
+async def _watch(self:VLLMEngine, every=.5):
+    while not self.stopping:
+        await asyncio.sleep(every)
+        if self.llm is not None and self.llm.errored and not self.stopping:
+            dead, self.llm = self.llm, None
+            self.restarts += 1
+            await asyncio.to_thread(_shut, dead)
+            while self.llm is None and not self.stopping:
+                try: await self.start()
+                except Exception as e: print(f"engine restart failed, again in 5 s: {str(e)[:200]}", flush=True); await asyncio.sleep(5)
+
+@patch
+async def stop(self:VLLMEngine):
+    "End the core process."
+    self.stopping = True
+    if self.watcher: self.watcher.cancel()
+    if self.llm is not None: await asyncio.to_thread(_shut, self.llm)
+    self.llm = None
 
 def _shut(llm):
     llm.shutdown()
@@ -389,7 +405,7 @@ def _context(checkpoint) -> int:
     from video_vlm.model import VideoVLMConfig
     return VideoVLMConfig.from_pretrained(checkpoint).get_text_config().max_position_embeddings
 
-# %% ../nbs/09_serving.ipynb #dc42e3f3
+# %% ../nbs/09_serving.ipynb #1800de7d
 def _params(req:Request, room:int, processor):
     from video_vlm.model import VIDEO, stop_ids
     from vllm import SamplingParams
@@ -404,6 +420,12 @@ def check_room(n_prompt:int, context:int) -> int:
     if n_prompt >= context: raise BadRequest(f"the prompt has {n_prompt} tokens, but the context holds {context}: ask for fewer frames or a shorter text", "context_length_exceeded")
     return context-n_prompt
 
+def _vllm_videos(req:Request, projector=None) -> dict:
+    "The videos of a request as vLLM takes them, each under its content key."
+    items = [v if projector is None else dict(embeds=project(projector, v), starts=v.starts) for v in req.videos]
+    mark = "" if projector is None else f"/{req.adapter}"
+    return dict(multi_modal_data={"video": items}, multi_modal_uuids={"video": [v.key+mark if v.key else None for v in req.videos]})
+
 async def _vllm_generate(self, req:Request):
     "Yields `Delta`s; closing the generator (or cancelling the task) stops the engine's work."
     from contextlib import aclosing
@@ -414,7 +436,7 @@ async def _vllm_generate(self, req:Request):
     lora, llm = self._adapter(req.adapter), self.llm
     room = check_room(len(full_ids(self.processor, req.messages, req.videos)), self.context)
     prompt = dict(prompt_token_ids=prompt_ids(self.processor, req.messages))
-    if req.videos: prompt.update(multi_modal_data={"video": list(req.videos)}, multi_modal_uuids={"video": [v.key or None for v in req.videos]})
+    if req.videos: prompt.update(_vllm_videos(req, self.projectors.get(req.adapter)))
     self.running += 1; n_out = 0
     try:
         async with aclosing(llm.generate(prompt, _params(req, room, self.processor), req.id, lora_request=lora, priority=req.priority)) as stream:
@@ -432,19 +454,39 @@ def _vllm_usage(self, o, n_out) -> Usage:
 
 VLLMEngine.generate, VLLMEngine._usage = _vllm_generate, _vllm_usage
 
-# %% ../nbs/09_serving.ipynb #693d5ab4
+# %% ../nbs/09_serving.ipynb #08b3bc13
+def adapter_projector(folder, checkpoint):
+    "The adapter's own projector, or None where it is the checkpoint's (or the folder has none)."
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+    from video_vlm.model import Projector, VideoVLMConfig
+    if not (Path(folder)/"projector.safetensors").exists(): return None
+    own, base = {k: v.float() for k, v in load_file(Path(folder)/"projector.safetensors").items()}, {}
+    for file in Path(checkpoint).glob("*.safetensors"):
+        with safe_open(file, "pt") as f: base.update({k[10:]: f.get_tensor(k).float() for k in f.keys() if k.startswith("projector.")})
+    if all(torch.equal(v, base[k].to(torch.bfloat16).float()) or torch.equal(v, base[k]) for k, v in own.items()): return None
+    p = Projector(VideoVLMConfig.from_pretrained(checkpoint)); p.load_state_dict(own)
+    return p.eval()
+
+def project(projector, vt) -> np.ndarray:
+    "Visual tokens behind an adapter's own projector: float32 [M, N, H]."
+    import torch
+    with torch.no_grad(): return projector(torch.tensor(np.asarray(vt.tokens, np.float32))).numpy()
+
 async def _load_adapter(self, name:str, folder):
-    "Make a LoRA adapter available under `name`."
+    "Make a LoRA adapter (a folder of `save_adapter`) available under `name`."
     from vllm.lora.request import LoRARequest
     if not self.cfg.max_loras: raise VideoVLMError("adapters need max_loras of at least 1 in EngineConfig")
     if not (Path(folder)/"adapter_config.json").exists(): raise VideoVLMError(f"{folder}: no adapter_config.json there")
     lora = LoRARequest(name, next(self._ids), str(folder))
     await self.llm.add_lora(lora)
-    self.adapters[name] = lora
+    self.adapters[name], self.projectors[name] = lora, adapter_projector(folder, self.cfg.checkpoint)
 
 async def _drop_adapter(self, name:str):
     "Forget an adapter."
     if (lora := self.adapters.pop(name, None)) is None: raise UnknownAdapter(f"no adapter {name!r} is loaded")
+    self.projectors.pop(name)
     await self.llm.remove_lora(lora.lora_int_id)
 
 def _adapter(self, name):
@@ -459,7 +501,7 @@ def _stats(self) -> dict: return dict(engine=self.name, running=self.running, re
 
 VLLMEngine.load_adapter, VLLMEngine.drop_adapter, VLLMEngine._adapter, VLLMEngine.abort, VLLMEngine.stats = _load_adapter, _drop_adapter, _adapter, _abort, _stats
 
-# %% ../nbs/09_serving.ipynb #2f114dd8
+# %% ../nbs/09_serving.ipynb #32b1c04d
 class TextStream:
     "Token ids in, printable text out: holds back half characters and what may become a stop string."
     def __init__(self, tokenizer, stop=()): self.tokenizer, self.stop, self.ids, self.sent, self.stopped = tokenizer, tuple(stop), [], 0, False
@@ -475,7 +517,7 @@ class TextStream:
         new = text[self.sent:]; self.sent = max(self.sent, len(text))
         return new
 
-# %% ../nbs/09_serving.ipynb #0ad00204
+# %% ../nbs/09_serving.ipynb #574bb2a3
 def sample(logits_V, temperature:float=0., top_p:float=1., generator=None) -> int:
     "The next token id: the likeliest, or one drawn from the smallest set that holds `top_p` of the probability."
     import torch
@@ -484,7 +526,7 @@ def sample(logits_V, temperature:float=0., top_p:float=1., generator=None) -> in
     p = torch.where(p.cumsum(-1)-p < top_p, p, 0)
     return int(order[torch.multinomial(p/p.sum(), 1, generator=generator)])
 
-# %% ../nbs/09_serving.ipynb #cc5c59cf
+# %% ../nbs/09_serving.ipynb #7f241721
 class DecodeBatch:
     "Rows that are decoded together; keys and values are padded on the left."
     def __init__(self): self.rows, self.layers, self.mask = [], [], None
@@ -523,7 +565,7 @@ class DecodeBatch:
         self.layers = [(l.keys, l.values) for l in cache.layers]
         return out.logits[:, -1]
 
-# %% ../nbs/09_serving.ipynb #edfae8e3
+# %% ../nbs/09_serving.ipynb #942912c8
 class _Row:
     "One answer of one request, and the queue of whoever waits for it."
     def __init__(self, req, index, ids, emit, tokenizer, room):
@@ -544,7 +586,7 @@ class _Row:
         self.emit(Delta(new, (t,), self.index, why))
         return why is not None
 
-# %% ../nbs/09_serving.ipynb #89e99c6d
+# %% ../nbs/09_serving.ipynb #a82499b6
 class TransformersEngine:
     "transformers in a thread of this process, behind the engine interface."
     name = "transformers"
@@ -557,13 +599,14 @@ class TransformersEngine:
         self.video_id = self.processor.tokenizer.convert_tokens_to_ids("<|video|>")
         self.context = cfg.max_model_len or _context(cfg.checkpoint)
         self.eos = set(stop_ids(self.processor))
-        self.waiting, self.batch, self.wake, self.running, self.thread, self.stopping = [], DecodeBatch(), threading.Condition(), 0, None, False
-        self.adapters, self.restarts = {}, 0
+        self.waiting, self.batches, self.wake, self.running, self.thread, self.stopping = [], {}, threading.Condition(), 0, None, False
+        self.adapters, self.restarts, self.projectors = {}, 0, {"": self.model.projector}
 
     @property
     def ready(self): return self.thread is not None and self.thread.is_alive()
 
     async def start(self):
+        for name, folder in self.cfg.adapters: await self.load_adapter(name, folder)
         self.thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.thread.start()
         return self
@@ -579,41 +622,67 @@ class TransformersEngine:
         import torch
         cache, v = DynamicCache(), row.req.videos
         out = self.model(input_ids=torch.tensor([row.ids]), visual_tokens=stack_tokens(v) if v else None, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if not row.take(out.logits[0, -1], self.eos, self.video_id): self.batch.join(row, cache)
+        if not row.take(out.logits[0, -1], self.eos, self.video_id): self.batches.setdefault(row.req.adapter, DecodeBatch()).join(row, cache)
 
-# %% ../nbs/09_serving.ipynb #2406863d
+# %% ../nbs/09_serving.ipynb #bf33748f
 def _tf_loop(self):
     import torch
     with torch.inference_mode():
         while True:
             with self.wake:
-                while not (self.waiting or self.batch.rows or self.stopping): self.wake.wait()
+                while not (self.waiting or self.rows or self.stopping): self.wake.wait()
                 if self.stopping: return
                 self.waiting.sort(key=lambda r: r.req.priority)
-                new, self.waiting = (self.waiting[:1], self.waiting[1:]) if len(self.batch.rows) < self.cfg.max_num_seqs else ([], self.waiting)
-            for row in new: _tf_guard(self, [row], lambda: None if row.gone else self._prefill(row))
-            if gone := [r for r in self.batch.rows if r.gone]: self.batch.drop(gone)
-            if self.batch.rows: _tf_guard(self, list(self.batch.rows), self._step)
+                new, self.waiting = (self.waiting[:1], self.waiting[1:]) if len(self.rows) < self.cfg.max_num_seqs else ([], self.waiting)
+            for row in new: _tf_guard(self, [row], lambda: None if row.gone else (self._use(row.req.adapter), self._prefill(row)))
+            for name, batch in list(self.batches.items()):
+                if gone := [r for r in batch.rows if r.gone]: batch.drop(gone)
+                if batch.rows: _tf_guard(self, list(batch.rows), lambda: (self._use(name), self._step(batch)))
 
 def _tf_guard(self, rows, fn):
     try: fn()
     except Exception as e:
-        for r in rows: r.emit(e)
-        self.batch.drop(rows)
+        for r in rows: r.emit(e); r.gone = True
 
-def _tf_step(self):
-    logits = self.batch.step(self.model)
-    ended = [r for r, l in zip(self.batch.rows, logits) if r.take(l, self.eos, self.video_id)]
-    if ended: self.batch.drop(ended)
+def _tf_step(self, batch):
+    logits = batch.step(self.model)
+    ended = [r for r, l in zip(batch.rows, logits) if r.take(l, self.eos, self.video_id)]
+    if ended: batch.drop(ended)
+
+@patch(as_prop=True)
+def rows(self:TransformersEngine): return [r for b in self.batches.values() for r in b.rows]
+
+@patch
+def _use(self:TransformersEngine, name:str):
+    "Switch the model to an adapter and its projector (the empty name is the base)."
+    if not self.adapters or name == getattr(self, "now", None): return
+    from video_vlm.model import use_adapter
+    use_adapter(self.model, name or None)
+    self.model.projector, self.now = self.projectors[name], name
+
+@patch
+async def load_adapter(self:TransformersEngine, name:str, folder):
+    "Make an adapter (a folder of `save_adapter`) available under `name`."
+    from video_vlm.model import load_adapter, use_adapter
+    def work():
+        with self.wake: load_adapter(self.model, folder, name, projector=False); self.now = None; use_adapter(self.model, None)
+    await asyncio.to_thread(work)
+    self.projectors[name] = adapter_projector(folder, self.cfg.checkpoint) or self.projectors[""]
+    self.adapters[name] = str(folder)
+
+@patch
+async def drop_adapter(self:TransformersEngine, name:str):
+    "Forget an adapter; its few megabytes stay until the process ends."
+    if self.adapters.pop(name, None) is None: raise UnknownAdapter(f"no adapter {name!r} is loaded")
 
 TransformersEngine._loop, TransformersEngine._step = _tf_loop, _tf_step
 
-# %% ../nbs/09_serving.ipynb #dc732819
+# %% ../nbs/09_serving.ipynb #235fa6a3
 async def _tf_generate(self, req:Request):
     "Yields `Delta`s; closing the generator takes its rows out of the batch."
     if not self.ready: raise EngineDown("the engine is not running")
     if req.schema: raise BadRequest("answers by JSON schema need the vLLM engine")
-    if req.adapter: raise UnknownAdapter(f"no adapter {req.adapter!r} is loaded; adapters need the vLLM engine")
+    if req.adapter and req.adapter not in self.adapters: raise UnknownAdapter(f"no adapter {req.adapter!r} is loaded; there are: {', '.join(self.adapters) or 'none'}")
     if self.running >= self.cfg.max_queue: raise EngineBusy(f"{self.running} requests are waiting or running")
     ids = full_ids(self.processor, req.messages, req.videos)
     room, loop, q = check_room(len(ids), self.context), asyncio.get_running_loop(), asyncio.Queue()
@@ -634,12 +703,12 @@ async def _tf_generate(self, req:Request):
 
 async def _tf_abort(self, id):
     "Stop a request; its stream ends with finish_reason `abort`."
-    for r in [*self.waiting, *self.batch.rows]:
+    for r in [*self.waiting, *self.rows]:
         if r.req.id == id and not r.gone: r.gone = True; r.emit(Delta("", (), r.index, "abort"))
 
 TransformersEngine.generate, TransformersEngine.abort, TransformersEngine.stats = _tf_generate, _tf_abort, _stats
 
-# %% ../nbs/09_serving.ipynb #7272d2f8
+# %% ../nbs/09_serving.ipynb #12aba5f2
 ENGINES = dict(vllm=VLLMEngine, transformers=TransformersEngine)
 
 def has_vllm() -> bool:

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SplitConfig', 'source_video', 'atoms', 'unit_hash', 'side', 'assign', 'Leak', 'Audit', 'audit_clips',
-           'split', 'load_splits', 'audit']
+           'split', 'load_splits', 'audit', 'benchmark_texts', 'text_overlap', 'footage_overlap', 'decontaminate',
+           'load_removed', 'plot_split']
 
-# %% ../nbs/01a_splits.ipynb #f5c52597
-import hashlib, json
+# %% ../nbs/01a_splits.ipynb #9b30049c
+import csv, hashlib, json, tempfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
-from .data import VideoVLMError, atomic_write, finish_stage, load_clips, open_stage
-from .dedup import DedupConfig, Signature, _file, _Union, _write_table, compare, load_clusters, same_text
+from .data import IngestConfig, VideoVLMError, atomic_write, finish_stage, ingest, load_clips, open_stage
+from .dedup import DedupConfig, Signature, _file, _Union, _words, _write_table, compare, dedup, load_clusters, lookup, same_text, signatures
 
-# %% ../nbs/01a_splits.ipynb #fce89fe2
+# %% ../nbs/01a_splits.ipynb #25c0e8e1
 @dataclass(frozen=True)
 class SplitConfig:
     "How clips are divided."
@@ -31,7 +32,7 @@ class SplitConfig:
 
 NAMES = ("train", "val", "test")
 
-# %% ../nbs/01a_splits.ipynb #4812c733
+# %% ../nbs/01a_splits.ipynb #e55aab2a
 def source_video(c) -> str:
     "The video that a clip was cut from, '' where that is not known."
     for f in c.flags:
@@ -52,7 +53,7 @@ def atoms(clips, clusters:dict, cfg:SplitConfig=SplitConfig()) -> dict:
     for i, c in enumerate(clips): name[u.find(i)] = min(name.get(u.find(i), c.id), c.id)
     return {c.id: name[u.find(i)] for i, c in enumerate(clips)}
 
-# %% ../nbs/01a_splits.ipynb #a06727bd
+# %% ../nbs/01a_splits.ipynb #07bd4f31
 def unit_hash(*parts) -> float:
     "A number in [0,1) that depends on the parts alone."
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")/2**64
@@ -91,7 +92,7 @@ def _by_time(members, cfg, out):
         lo, hi = (when[order[min(int(np.searchsorted(n, f)), len(order)-1)]] for f in np.cumsum(cfg.fractions)[:2])
     return {**{a: "train" if when[a] <= lo else "val" if when[a] <= hi else "test" for a in order}, **out}
 
-# %% ../nbs/01a_splits.ipynb #c85a78ff
+# %% ../nbs/01a_splits.ipynb #06738612
 @dataclass(frozen=True)
 class Leak:
     "Two clips on different sides that should not be."
@@ -144,25 +145,22 @@ def audit_clips(clips, split:dict, footage=(), similar_text:float=.9, captions_l
         if split[a] != split[b] and frozenset((a, b)) not in seen: same.append(Leak("caption", a, b, (split[a], split[b]), texts[i][1][:80])); seen.add(frozenset((a, b)))
     return Audit(leaks + (same if captions_leak else []), [] if captions_leak else same, dict(clips=len(used)))
 
-# %% ../nbs/01a_splits.ipynb #a505a20b
-def _bytes_leaks(stage, split):
-    "The same bytes on two sides: rejected rows of the manifest name the first of their kind."
-    for c in load_clips(stage, rejected=True):
-        if c.reason == "same_bytes" and split.get(c.detail) and split.get(c.id) and split[c.id] != split[c.detail]: yield Leak("bytes", c.detail, c.id, (split[c.detail], split[c.id]))
-
-def split(ingest_folder, dedup_folder, out, cfg:SplitConfig=SplitConfig()) -> Path:
+# %% ../nbs/01a_splits.ipynb #b3cacf4f
+def split(ingest_folder, dedup_folder, out, cfg:SplitConfig=SplitConfig(), exclude=()) -> Path:
     """Assign every clip of an ingest folder to a side; writes `splits.parquet` (id, split, atom) and returns `out`.
 
-    Run again on a grown folder, clips keep their split. A clip that would tie two sides together gets '' and is not used.
+    Run again on a grown folder, clips keep their split. A clip that would tie two sides together gets '' and is not used; so do the ids in
+    `exclude` (a set, or a folder of `decontaminate`). Raises `VideoVLMError` if `out` was made with another config.
     """
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     clips, clusters = load_clips(ingest_folder), load_clusters(dedup_folder); same = json.loads(json.dumps(asdict(cfg))); f = out/"config.json"
     if f.exists() and json.loads(f.read_text()) != same: raise VideoVLMError(f"{out} was made with another SplitConfig: use another folder")
-    atom = atoms(clips, clusters, cfg); old = load_splits(out) if (out/"manifest.json").exists() else {}
-    rows = _place(clips, atom, cfg, old)
+    gone = set(load_removed(exclude)) if isinstance(exclude, (str, Path)) else set(exclude)
+    old = load_splits(out) if (out/"manifest.json").exists() else {}
+    rows = _place([c for c in clips if c.id not in gone], atoms(clips, clusters, cfg), cfg, old) + [dict(id=c.id, atom="", split="") for c in clips if c.id in gone]
     with atomic_write(f) as h: json.dump(same, h, indent=1)
     _write_table(out/"splits.parquet", rows, ["id", "split", "atom"])
-    return finish_stage(out, inputs=dict(ingest=ingest_folder, dedup=dedup_folder), counts=dict(Counter(r["split"] or "bridge" for r in rows)))
+    return finish_stage(out, inputs=dict(ingest=ingest_folder, dedup=dedup_folder), counts=dict(Counter(r["split"] or "unused" for r in rows)))
 
 def _place(clips, atom, cfg, old):
     "Rows of `splits.parquet`; what is in `old` stays."
@@ -179,13 +177,107 @@ def load_splits(folder) -> dict:
     open_stage(folder); t = pq.read_table(Path(folder)/"splits.parquet")
     return dict(zip(t["id"].to_pylist(), t["split"].to_pylist()))
 
-def audit(ingest_folder, split_folder, dedup_folder=None, captions_leak:bool=False, cfg:DedupConfig=DedupConfig()) -> Audit:
-    "Look for leaks between the splits. With `dedup_folder` its signatures are used, footage that its guard refused to link included."
+# %% ../nbs/01a_splits.ipynb #af4b117b
+def _bytes_leaks(stage, split):
+    "The same bytes on two sides: rejected rows of the manifest name the first of their kind."
+    for c in load_clips(stage, rejected=True):
+        if c.reason == "same_bytes" and split.get(c.detail) and split.get(c.id) and split[c.id] != split[c.detail]: yield Leak("bytes", c.detail, c.id, (split[c.detail], split[c.id]))
+
+def _links(ingest_folder, dedup_folder, cfg):
+    "(id, id, score) of the same footage; made if there is no dedup folder that knows all clips."
     import pyarrow.parquet as pq
-    given = load_splits(split_folder); links = []
-    if dedup_folder is None: dedup_folder = json.loads((Path(split_folder)/"manifest.json").read_text())["inputs"].get("dedup", {}).get("path")
-    if dedup_folder:
-        open_stage(dedup_folder); t = pq.read_table(Path(dedup_folder)/"pairs.parquet").to_pylist(); links = [(r["a"], r["b"], r["score"]) for r in t]
-    found = audit_clips(load_clips(ingest_folder), given, links, captions_leak=captions_leak)
+    ids = {c.id for c in load_clips(ingest_folder)}; whole = dedup_folder and (Path(dedup_folder)/"manifest.json").is_file() and ids <= set(load_clusters(dedup_folder))
+    with tempfile.TemporaryDirectory() as d:
+        rows = pq.read_table((Path(dedup_folder) if whole else dedup(ingest_folder, Path(d)/"audit", cfg))/"pairs.parquet").to_pylist()
+    return [(r["a"], r["b"], r["score"]) for r in rows]
+
+def audit(ingest_folder, split_folder, dedup_folder=None, captions_leak:bool=False, cfg:DedupConfig=DedupConfig()) -> Audit:
+    "Look for leaks between the splits: bytes, footage, creator, source video; the same caption text is a warning, or a leak with `captions_leak`."
+    given = load_splits(split_folder)
+    if dedup_folder is None: dedup_folder = open_stage(split_folder)["inputs"].get("dedup", {}).get("path")
+    found = audit_clips(load_clips(ingest_folder), given, _links(ingest_folder, dedup_folder, cfg), captions_leak=captions_leak)
     found.leaks += list(_bytes_leaks(ingest_folder, given))
     return found
+
+# %% ../nbs/01a_splits.ipynb #602984d0
+def _strings(x, least=5):
+    "All texts of at least `least` words in nested lists and dicts."
+    if isinstance(x, str):
+        if len(x.split()) >= least: yield x
+    elif isinstance(x, (list, tuple)): yield from (s for y in x for s in _strings(y, least))
+    elif isinstance(x, dict): yield from (s for y in x.values() for s in _strings(y, least))
+
+def benchmark_texts(path, least:int=5) -> list:
+    "Distinct texts of a json, jsonl, csv or txt annotation file."
+    path = Path(path); raw = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        if path.suffix == ".jsonl": rows = [json.loads(l) for l in raw.splitlines() if l.strip()]
+        elif path.suffix == ".json": rows = json.loads(raw)
+        elif path.suffix == ".csv": rows = list(csv.DictReader(raw.splitlines()))
+        else: rows = raw.splitlines()
+    except ValueError as e: raise VideoVLMError(f"{path}: not readable as {path.suffix} ({e})") from None
+    return list(dict.fromkeys(_strings(rows, least)))
+
+def _clip_texts(c): return [t["text"] for t in [*c.captions, *c.transcript] if len(t["text"].split()) >= 5]
+
+def text_overlap(clips, texts, threshold:float=.8) -> list:
+    "(clip id, text of the benchmark, similarity) where a caption or transcript repeats it."
+    own = [(c.id, t) for c in clips for t in _clip_texts(c)]; n = len(own)
+    return [(own[i][0], texts[j-n], s) for i, j, s in same_text([t for _, t in own] + list(texts), threshold) if i < n <= j]
+
+def _as_stage(videos, out):
+    return Path(videos) if (Path(videos)/"manifest.json").is_file() else ingest(videos, out/"benchmark", IngestConfig(progress=False))
+
+def footage_overlap(dedup_folder, clips, bench_stage, out, cfg:DedupConfig=DedupConfig()) -> list:
+    "(clip id, benchmark clip, score) of clips that share footage with benchmark videos; only the benchmark is indexed, the clips are looked up."
+    bench = {c.id: c for c in load_clips(bench_stage)}; failed = signatures(bench.values(), out, cfg); ids = [i for i in bench if i not in failed]
+    keys, owner, flip = _words(ids, out, cfg); order = np.argsort(keys[~flip], kind="stable"); seg = keys[~flip][order], owner[~flip][order], ids; hits = []
+    have = [c for c in clips if _file(dedup_folder, c.id).exists()]
+    keys, owner, _ = _words([c.id for c in have], dedup_folder, cfg)
+    for i, j in lookup(keys, owner, seg, cfg)[0]:
+        m = compare(Signature.load(_file(out, ids[j])), Signature.load(_file(dedup_folder, have[i].id)), cfg)
+        if m.is_duplicate: hits.append((have[i].id, ids[j], round(m.score, 3)))
+    return hits + [(c.id, c.id, 1.) for c in clips if c.id in bench]
+
+# %% ../nbs/01a_splits.ipynb #dee6c166
+def decontaminate(ingest_folder, dedup_folder, out, videos=None, texts=(), text_threshold:float=.8, cfg:DedupConfig=DedupConfig()) -> Path:
+    """Find the clips of an ingest folder that a benchmark asks about. `videos`: its files (folder, glob, list or ingest folder); `texts`: annotation files.
+
+    Writes `removed.parquet` (id, reason, match, detail) and `report.md`; returns `out`. Whole clusters go: a copy of a contaminated clip is contaminated.
+    """
+    out = Path(out); out.mkdir(parents=True, exist_ok=True); clips = load_clips(ingest_folder); clusters = load_clusters(dedup_folder); rows = {}
+    def remove(id, reason, match, detail): rows.setdefault(id, dict(id=id, reason=reason, match=str(match)[:200], detail=str(detail)))
+    if videos is not None:
+        stage = _as_stage(videos, out); names = {c.id: c.uri for c in load_clips(stage)}
+        for i, j, s in footage_overlap(dedup_folder, clips, stage, out, cfg): remove(i, "bytes" if i == j else "footage", names[j], s)
+    for f in texts:
+        for i, t, s in text_overlap(clips, benchmark_texts(f), text_threshold): remove(i, "text", t, f"{s:.2f} {Path(f).name}")
+    hit = {clusters[i]: i for i in rows if i in clusters}
+    for c in clips:
+        if clusters.get(c.id) in hit: remove(c.id, "cluster", hit[clusters[c.id]], "a copy of a removed clip")
+    rows = list(rows.values()); _write_table(out/"removed.parquet", rows, ["id", "reason", "match", "detail"])
+    with atomic_write(out/"report.md") as h: h.write(_removed_report(rows, clips))
+    return finish_stage(out, inputs=dict(ingest=ingest_folder, dedup=dedup_folder), counts=dict(clips=len(clips), removed=len(rows), **Counter(r["reason"] for r in rows)))
+
+def _removed_report(rows, clips):
+    uri = {c.id: Path(c.uri).name for c in clips}; n = Counter(r["reason"] for r in rows)
+    head = f"# Decontamination\n\n{len(rows)} of {len(clips)} clips removed: " + (", ".join(f"{v} {k}" for k, v in n.items()) or "none") + ".\n\n| clip | why | what it meets | detail |\n|---|---|---|---|\n"
+    cell = lambda x: str(x).replace("|", "\\|").replace("\n", " ")
+    return head + "".join(f"| {cell(uri.get(r['id'], r['id']))} | {r['reason']} | {cell(r['match'])} | {cell(r['detail'])} |\n" for r in rows)
+
+def load_removed(folder) -> dict:
+    "Clip id -> reason of a folder of `decontaminate`."
+    import pyarrow.parquet as pq
+    open_stage(folder); t = pq.read_table(Path(folder)/"removed.parquet")
+    return dict(zip(t["id"].to_pylist(), t["reason"].to_pylist()))
+
+# %% ../nbs/01a_splits.ipynb #06dd77ac
+def plot_split(clips, split:dict, key=None):
+    "Bars: clips of each split, by the value of `key(clip)` (default: length rounded to seconds)."
+    import matplotlib.pyplot as plt
+    key = key or (lambda c: f"{c.duration:.0f} s"); counts = {s: Counter(key(c) for c in clips if split.get(c.id) == s) for s in NAMES}
+    values = sorted(set().union(*counts.values())); fig, ax = plt.subplots(figsize=(6, 2.4), dpi=72); left = np.zeros(3)
+    for v in values:
+        n = np.array([counts[s][v]/max(1, sum(counts[s].values())) for s in NAMES]); ax.barh(NAMES, n, left=left, label=str(v)); left += n
+    ax.set_xlabel("share of the split"); ax.legend(fontsize=7, ncols=6, loc="lower center", bbox_to_anchor=(.5, 1)); fig.tight_layout()
+    return fig

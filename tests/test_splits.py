@@ -1,0 +1,89 @@
+"Splits: stable, disjoint, audited; planted leaks are found; benchmarks are taken out."
+import json
+from collections import Counter
+from pathlib import Path
+import numpy as np, pytest
+from video_vlm.bench.dedup import moving_discs
+from video_vlm.data import Clip, IngestConfig, VideoVLMError, ingest, load_clips, open_stage, write_video
+from video_vlm.dedup import DedupConfig, dedup
+from video_vlm.splits import (Leak, SplitConfig, assign, atoms, audit, audit_clips, benchmark_texts, decontaminate, load_removed, load_splits, side, split, text_overlap, unit_hash, _place)
+
+CFG = DedupConfig(progress=False, workers=1)
+def clip(i, **kw): return Clip(id=f"{i:05d}", uri=f"{i}.mp4", duration=4., **kw)
+def alone(clips): return {c.id: c.id for c in clips}
+
+def test_a_clip_never_changes_its_split():
+    old = [clip(i) for i in range(500)]; new = [clip(i) for i in range(500, 900)]
+    a, b = assign(old, alone(old)), assign(old+new, alone(old+new))
+    assert all(b[k] == v for k, v in a.items())
+
+def test_growth_that_bridges_two_sides_moves_nothing():
+    clips = [clip(i) for i in range(40)]; at = alone(clips); sides = assign(clips, at)
+    a, b = next(k for k, v in sides.items() if v == "train"), next(k for k, v in sides.items() if v == "test")
+    bridge = clip(99); both = {**{k: v for k, v in at.items()}, a: a, b: a, bridge.id: a}
+    rows = {r["id"]: r["split"] for r in _place([*clips, bridge], both, SplitConfig(), sides)}
+    assert rows[a] == "train" and rows[b] == "test" and rows[bridge.id] == ""
+
+def test_seed_and_fractions():
+    c = [clip(i) for i in range(4000)]; one, two = assign(c, alone(c)), assign(c, alone(c), SplitConfig(seed=1))
+    assert one != two and one == assign(c, alone(c))
+    n = Counter(one.values()); assert abs(n["train"]/4000-.7) < .03 and abs(n["test"]/4000-.2) < .03
+
+def test_ties_by_creator_and_source():
+    c = [clip(0, creator="x"), clip(1, creator="x", flags=["source_video=v"]), clip(2, flags=["source_video=v"]), clip(3)]
+    at = atoms(c, {}); assert len({at[k.id] for k in c[:3]}) == 1 and at[c[3].id] != at[c[0].id]
+
+def test_by_time_puts_the_newest_into_test():
+    c = [clip(i, collected_at=f"2026-01-{i+1:02d}") for i in range(20)]; s = assign(c, alone(c), SplitConfig((.6, .2, .2), by_time=True))
+    order = [s[k.id] for k in c]; assert order == sorted(order, key=("train", "val", "test").index) and set(order) == {"train", "val", "test"}
+    s = assign(c, alone(c), SplitConfig(by_time=True, before=("2026-01-05", "2026-01-10"))); assert Counter(s.values()) == dict(train=5, val=5, test=10)
+
+def test_stratified_is_closer_than_chance():
+    c = [clip(i, flags=[f"k={'a' if i % 5 else 'b'}"]) for i in range(400)]; s = assign(c, alone(c), SplitConfig(stratify=("k",)))
+    rare = [s[k.id] for k in c if k.flags == ["k=b"]]; assert abs(rare.count("train")/len(rare)-.7) < .12
+
+def test_planted_leaks_of_metadata():
+    c = [clip(0, creator="x", captions=[dict(text="a dog jumps over the fence")]), clip(1, creator="x"), clip(2, captions=[dict(text="A dog jumps over  the fence")]),
+         clip(3, flags=["source_video=v"]), clip(4, flags=["source_video=v"])]
+    s = dict(zip((k.id for k in c), ("train", "test", "val", "train", "val")))
+    a = audit_clips(c, s, [("00003", "00002", .97)]); assert a.by_kind == dict(creator=1, source_video=1, footage=1, caption=1) and a.n_leaks == 3
+    assert audit_clips(c, s, captions_leak=True).n_leaks == 3
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    d = tmp_path_factory.mktemp("built"); v = d/"v"; v.mkdir()
+    for k in range(6): write_video(v/f"{k}.mp4", moving_discs(k, seconds=3.), fps=12)
+    write_video(v/"0_low.mp4", moving_discs(0, seconds=3.), fps=12, crf=38); write_video(v/"1_part.mp4", moving_discs(1, seconds=3.)[8:], fps=12)
+    (v/"2_same.mp4").write_bytes((v/"2.mp4").read_bytes())
+    st = ingest(v, d/"00", IngestConfig(progress=False)); de = dedup(st, d/"01", CFG)
+    return d, st, de
+
+def test_no_leaks_as_made(built):
+    d, st, de = built; out = split(st, de, d/"01a", SplitConfig((.5, .2, .3)))
+    assert audit(st, out).n_leaks == 0 and set(load_splits(out)) == {c.id for c in load_clips(st)}
+    assert load_splits(split(st, de, d/"01a", SplitConfig((.5, .2, .3)))) == load_splits(out)
+    with pytest.raises(VideoVLMError, match="another SplitConfig"): split(st, de, out, SplitConfig(seed=3))
+
+def test_planted_reencode_and_part_are_found_without_the_clusters(built):
+    import pyarrow as pa, pyarrow.parquet as pq
+    d, st, de = built; out = split(st, de, d/"01x"); name = {Path(c.uri).name: c.id for c in load_clips(st)}; s = dict.fromkeys(load_splits(out), "train")
+    s[name["0_low.mp4"]] = "test"; s[name["1_part.mp4"]] = "val"
+    pq.write_table(pa.table(dict(id=list(s), split=list(s.values()), atom=list(s))), out/"splits.parquet")
+    for folder in (de, d/"nowhere"):
+        a = audit(st, out, folder, cfg=CFG); assert a.by_kind == dict(footage=2), a
+    with pytest.raises(VideoVLMError, match="2 leaks"): a.raise_for_leaks()
+
+def test_decontamination(built, tmp_path):
+    d, st, de = built; b = tmp_path/"bench"; b.mkdir(); write_video(b/"q.mp4", moving_discs(0, seconds=3.)[:, :, ::-1].copy(), fps=12)
+    out = decontaminate(st, de, tmp_path/"out", videos=b, cfg=CFG); name = {c.id: Path(c.uri).name for c in load_clips(st)}
+    assert {name[i] for i in load_removed(out)} == {"0.mp4", "0_low.mp4"} and "footage" in (out/"report.md").read_text()
+    assert all(load_splits(split(st, de, tmp_path/"s", exclude=out))[i] == "" for i in load_removed(out))
+
+def test_texts_of_benchmark_files(tmp_path, shared_data):
+    for f, n in (("tempcompass/questions_multi-choice.json", 50), ("nextqa/val.csv", 100)):
+        p = shared_data/"bench"/f
+        if p.exists(): assert len(benchmark_texts(p)) >= n
+    f = tmp_path/"b.json"; f.write_text(json.dumps({"x": [{"q": "what does the man in the red coat hold?"}]}))
+    c = [clip(0, captions=[dict(text="What does the man in the red coat hold")]), clip(1, captions=[dict(text="a cat sleeps on the warm window sill")])]
+    assert [r[0] for r in text_overlap(c, benchmark_texts(f))] == ["00000"]
+    f.write_text("{no json"); pytest.raises(VideoVLMError, benchmark_texts, f)
