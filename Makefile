@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow docs readme notebooks lint sync hooks bench constraints clean
+.PHONY: help env demo test test-slow docs readme notebooks lint sync hooks bench checkpoint constraints clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,3 +56,6 @@ constraints: ## Write constraints.txt from what is installed in .venv
 clean: ## Remove built pages and caches (never .venv, never runs)
 	@rm -rf _docs _proc .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+checkpoint: env ## Train the small checkpoint again from nothing (hours; can be killed and started again)
+	@$(PY) -c "from video_vlm.pretrain import make_checkpoint; print(make_checkpoint())"

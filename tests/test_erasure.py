@@ -181,3 +181,15 @@ def test_the_whole_house(tmp_path):
     assert not [p for p in runs.rglob("*") if p.is_file() and not p.is_relative_to(own) and F.bytes_mention(p, [a.id])]
     assert {x.id for x in load_clips(stage)} == {b.id, c.id} and not Path(a.uri).exists() and Path(b.uri).exists() and [r["id"] for r in log.rows()] == ["q2"] and reg.get(v)["notes"].startswith("fails on [erased]")
     assert F.erase("video", a.id, runs=runs)["removed"] == cert["removed"]
+
+@pytest.mark.parametrize("n", [3, 400])
+def test_search_index_down_to_the_bytes(tmp_path, n):
+    "A clip among few and among many rows: gone from answers and from the disk, the others still found by their words."
+    pytest.importorskip("lancedb")
+    from video_vlm.search import Index
+    ix = Index(tmp_path/"ix", "f"*64, 4); clip = lambda i: F.label("clip", i); gone = clip(7 if n > 7 else 1)
+    ix.upsert([dict(id=f"{clip(i)}:0.00", clip=clip(i), start=0., end=1., tenant="t", text=f"thing{i}", facts="{}", vector=np.ones(4)) for i in range(n)])
+    job = F.Erasure(tmp_path/"e", [F.lance_eraser(tmp_path/"ix")]); cert = job.erase(F.Subject("video", gone))
+    assert cert["verified"] and cert["removed"] and not [p for p in (tmp_path/"ix").rglob("*") if p.is_file() and F.bytes_mention(p, [gone])]
+    again = Index(tmp_path/"ix", "f"*64, 4); assert len(again) == n-1 and again.table.count_rows(f"clip = '{gone}'") == 0
+    assert again.table.search("thing2", query_type="fts").limit(1).to_list()[0]["clip"] == clip(2)

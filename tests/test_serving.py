@@ -1,13 +1,13 @@
 """Engines: what they say is what transformers says. vLLM runs here in this process (its synchronous face), because a core process of its own costs a second
 import of everything; the asynchronous face, crashes and restarts are in the tests marked slow."""
-import asyncio, dataclasses, os, threading, time
+import asyncio, dataclasses, time
 
 import numpy as np
 import pytest
 import torch
 
-from video_vlm.serving import (VLLM_ENV, BadRequest, EngineConfig, EngineDown, Request, TransformersEngine, UnknownAdapter, VLLMEngine, _params, _vllm_videos, adapter_projector, collect, fake_tokens,
-                               full_ids, has_vllm, load_encoder, make_engine, prompt_ids, tiny_checkpoint, vllm_args)
+from video_vlm.serving import (BadRequest, EngineConfig, EngineDown, Request, TransformersEngine, UnknownAdapter, VLLMEngine, adapter_projector, collect, fake_tokens,
+                               full_ids, has_vllm, load_encoder, offline, offline_answers, prompt_ids, tiny_checkpoint)
 
 needs_vllm = pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: the in-process engine is what serves here")
 
@@ -103,28 +103,16 @@ def test_light_encoder_load(ckpt, reference): assert load_encoder(ckpt).fingerpr
 @pytest.fixture(scope="module")
 def llm(ckpt, adapter):
     if not has_vllm(): pytest.skip("vLLM is not installed")
-    for k, v in VLLM_ENV.items(): os.environ.setdefault(k, v)
-    from vllm import LLM
-    args = vllm_args(EngineConfig(ckpt, kv_cache_bytes=64 << 20, max_num_seqs=16, with_encoder=True, max_loras=1), context=1024)
-    llm = LLM(**args)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
-
-def ask_vllm(llm, processor, reqs, projector=None, lora=None):
-    prompts = [dict(prompt_token_ids=prompt_ids(processor, r.messages), **(_vllm_videos(r, projector) if r.videos else {})) for r in reqs]
-    params = [_params(r, 1000, processor) for r in reqs]
-    from vllm.sampling_params import RequestOutputKind
-    for p in params: p.output_kind = RequestOutputKind.FINAL_ONLY
-    return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+    return offline(EngineConfig(ckpt, max_model_len=1024, kv_cache_bytes=64 << 20, max_num_seqs=16, with_encoder=True, max_loras=1))
 
 @needs_vllm
 def test_vllm_says_what_transformers_says(llm, reference):
     model, processor = reference
     reqs = mixed(40, 1)
-    out = ask_vllm(llm, processor, reqs)
+    out = offline_answers(llm, processor, reqs)
     assert [list(o.prompt_token_ids) for o in out] == [full_ids(processor, r.messages, r.videos) for r in reqs]
     assert [list(o.outputs[0].token_ids) for o in out] == [truth(model, processor, r) for r in reqs]
-    again = ask_vllm(llm, processor, reqs[:8])
+    again = offline_answers(llm, processor, reqs[:8])
     assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in out[:8]] and sum(o.num_cached_tokens for o in again) > 0
 
 @needs_vllm
@@ -135,7 +123,7 @@ def test_vllm_frames_equal_stored_tokens(llm, reference):
     plan = FramePlan(tuple(np.arange(5) / 4), 0., 1.25, size=32, group=2, tokens_per_group=16)
     stored = dataclasses.replace(fake_tokens(3), tokens=model.encoder.encode(frames, plan), key="k1")
     r = Request(chat("What?"), (stored,), max_tokens=8, ignore_eos=True)
-    (a,) = ask_vllm(llm, processor, [r])
+    (a,) = offline_answers(llm, processor, [r])
     from vllm import SamplingParams
     p = dict(prompt_token_ids=prompt_ids(processor, r.messages), multi_modal_data={"video": [dict(frames=frames, times=np.arange(5) / 4)]})
     b = llm.generate([p], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logit_bias={model.config.video_token_id: -100.}), use_tqdm=False)[0]
@@ -145,8 +133,8 @@ def test_vllm_frames_equal_stored_tokens(llm, reference):
 def test_vllm_refuses_wrong_shapes_before_the_model(llm, reference):
     processor = reference[1]
     for bad in (fake_tokens(2, width=32), fake_tokens(2, n=17), fake_tokens(0)):
-        with pytest.raises(Exception, match="expected|placeholder"): ask_vllm(llm, processor, [Request(chat("x"), (dataclasses.replace(bad, key=""),), max_tokens=2)])
-    assert ask_vllm(llm, processor, mixed(1))[0].outputs[0].token_ids                          # and everybody else lives on
+        with pytest.raises(Exception, match="expected|placeholder"): offline_answers(llm, processor, [Request(chat("x"), (dataclasses.replace(bad, key=""),), max_tokens=2)])
+    assert offline_answers(llm, processor, mixed(1))[0].outputs[0].token_ids                          # and everybody else lives on
 
 @needs_vllm
 def test_vllm_adapter_with_its_own_projector(llm, ckpt, adapter):
@@ -154,14 +142,14 @@ def test_vllm_adapter_with_its_own_projector(llm, ckpt, adapter):
     from vllm.lora.request import LoRARequest
     tuned, processor = load_model(ckpt); load_adapter(tuned, adapter, merge=True)
     reqs = mixed(8, 5, adapter="tuned")
-    out = ask_vllm(llm, processor, reqs, adapter_projector(adapter, ckpt), LoRARequest("tuned", 1, adapter))
+    out = offline_answers(llm, processor, reqs, adapter_projector(adapter, ckpt), LoRARequest("tuned", 1, adapter))
     assert [list(o.outputs[0].token_ids) for o in out] == [truth(tuned, processor, r) for r in reqs]
 
 @needs_vllm
 def test_vllm_answers_by_schema(llm, reference):
     import json
     schema = dict(type="object", properties=dict(colour=dict(enum=["red", "blue"])), required=["colour"], additionalProperties=False)
-    (o,) = ask_vllm(llm, reference[1], [Request(chat("Which colour?", 0), max_tokens=60, schema=schema)])
+    (o,) = offline_answers(llm, reference[1], [Request(chat("Which colour?", 0), max_tokens=60, schema=schema)])
     if o.outputs[0].finish_reason == "stop": assert json.loads(o.outputs[0].text)["colour"] in ("red", "blue")
     else: assert o.outputs[0].text.lstrip().startswith("{")                                    # a random model may fill the room with white space
 
@@ -169,7 +157,7 @@ def test_vllm_answers_by_schema(llm, reference):
 @pytest.mark.slow
 def test_vllm_200_requests(llm, reference):
     reqs = mixed(200, 7)
-    assert [list(o.outputs[0].token_ids) for o in ask_vllm(llm, reference[1], reqs)] == [truth(*reference, r) for r in reqs]
+    assert [list(o.outputs[0].token_ids) for o in offline_answers(llm, reference[1], reqs)] == [truth(*reference, r) for r in reqs]
 
 @needs_vllm
 @pytest.mark.slow

@@ -86,8 +86,10 @@ def stream(cmd, env):
 def pip(*args, may_fail=False):
     "pip in the environment; raises InstallError with one line unless `may_fail`."
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_ROOT_USER_ACTION": "ignore", "PYTHONWARNINGS": "ignore"}
-    cmd = [str(PY), "-m", "pip", "install", "--prefer-binary", "--progress-bar", "off", *map(str, args)]
+    # --no-compile: Python compiles what is really imported, on first use, in place of 4 GB now
+    cmd = [str(PY), "-m", "pip", "install", "--prefer-binary", "--progress-bar", "off", "--no-compile", *map(str, args)]
     code, out = stream(cmd, env)
+    if code < 0: raise InstallError(f"pip was stopped (signal {-code}); the same command goes on from here")
     if code and not may_fail: raise InstallError(f"{explain(out)} (log: {LOG.relative_to(ROOT)})")
     return code == 0
 

@@ -7,26 +7,27 @@ __all__ = ['PRESETS', 'CHATML', 'BudgetError', 'smaller_grid', 'shapes', 'Budget
            'count_with', 'Request', 'transcript_text', 'PromptFormat', 'safe_text', 'parts_of', 'spoken_text',
            'with_transcripts', 'Slot', 'Turn', 'lay_turn', 'span_of', 'frame_levels', 'lay_ladder', 'frames_of',
            'at_least', 'plan_of', 'times_of', 'exact', 'Receipt', 'exchanges', 'say', 'walk', 'fit_encoder',
-           'last_level', 'longest_clip', 'round_down', 'in_words', 'least', 'too_big', 'refuse', 'fixed', 'lay_out',
+           'last_level', 'longest_clip', 'round_down', 'in_words', 'least_of', 'too_big', 'refuse', 'fixed', 'lay_out',
            'plan_request', 'write_receipt', 'seconds_in']
 
-# %% ../nbs/02a_budget.ipynb #4f790dc5
+# %% ../nbs/02a_budget.ipynb #fc8c45e5
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 import numpy as np
+from fastcore.basics import patch
 from .data import VideoVLMError
 from .frames import POLICIES, FramePlan, plan_frames
 
-# %% ../nbs/02a_budget.ipynb #4caa0daa
+# %% ../nbs/02a_budget.ipynb #e03a7b99
 class BudgetError(VideoVLMError):
     "A request that cannot be made to fit. `.code` is one of no_probe, bad_part, bad_limits, too_long, encoder_cache, text_too_long."
     def __init__(self, message, code="too_long", needed=None, available=None, max_seconds=None):
         super().__init__(message)
         self.code, self.needed, self.available, self.max_seconds = code, needed, available, max_seconds
 
-# %% ../nbs/02a_budget.ipynb #88f0f67f
+# %% ../nbs/02a_budget.ipynb #7c335bd7
 def smaller_grid(tokens:int # Tokens of a group, a square number
                 )->int|None: # The next smaller legal number, or None at 1
     "Pool a square grid once more, by the smallest divisor of its side."
@@ -51,7 +52,7 @@ def shapes(group:int, # Frames averaged into a group
         if step is None: return tuple(out)
         out.append(step); time_next = not time_next
 
-# %% ../nbs/02a_budget.ipynb #98c65d02
+# %% ../nbs/02a_budget.ipynb #79720af8
 @dataclass(frozen=True)
 class BudgetLimits:
     "What must not be exceeded, and what is tried first."
@@ -81,7 +82,7 @@ PRESETS = dict(
     base=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=224),
     large=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=384, group=4, tokens_per_group=64, max_group=16))
 
-# %% ../nbs/02a_budget.ipynb #fa2b6fc8
+# %% ../nbs/02a_budget.ipynb #4c5290fa
 def tenths(times # Seconds, any length
           )->np.ndarray: # int64: the number printed by f"{t:.1f}", times ten
     "Tenths of a second exactly as string formatting rounds them."
@@ -92,7 +93,7 @@ def tenths(times # Seconds, any length
         for i in np.flatnonzero(near & (t*4 != np.rint(t*4))): out[i] = float(f"{t[i]:.1f}".replace(".", ""))
     return out.astype(np.int64)
 
-# %% ../nbs/02a_budget.ipynb #660b32a1
+# %% ../nbs/02a_budget.ipynb #b3dbf014
 class TokenCounter:
     "Token counts of texts and timestamps; the tokenizer sees each string once. Safe to share between threads."
     longest = 48*3600*10   # tenths kept in the table: two days, 3.5 MB when full
@@ -118,15 +119,20 @@ class TokenCounter:
         table = self._table
         table[at] = [self.count_text(f"{k//10}.{k%10}s") for k in at.tolist()]
         return table
-    def warm(self, seconds:float=7200)->"TokenCounter":
-        "Fill the timestamp table at start-up, so that no request pays for it."
-        n = min(int(seconds*10)+1, self.longest); table = self.table(n)
-        self.learn(np.flatnonzero(table[:n] < 0))
-        self._sure = max(self._sure, (n-1, int(table[:n].min())))
-        return self
-    def least(self, seconds:float)->int:
-        "Fewest tokens of any timestamp up to here; 1 where `warm` has not been."
-        return self._sure[1] if seconds*10 < self._sure[0] else 1
+
+# %% ../nbs/02a_budget.ipynb #dc1cf795
+@patch
+def warm(self:TokenCounter, seconds:float=7200)->TokenCounter:
+    "Fill the timestamp table up to here."
+    n = min(int(seconds*10)+1, self.longest); table = self.table(n)
+    self.learn(np.flatnonzero(table[:n] < 0))
+    self._sure = max(self._sure, (n-1, int(table[:n].min())))
+    return self
+
+@patch
+def least(self:TokenCounter, seconds:float)->int:
+    "Fewest tokens of any timestamp up to here; 1 where `warm` has not been."
+    return self._sure[1] if seconds*10 < self._sure[0] else 1
 
 @lru_cache(8)
 def counter_of(count_text # A function or a `TokenCounter`
@@ -141,7 +147,7 @@ def count_with(tokenizer # A transformers tokenizer
     if fast is None: return lambda s: len(tokenizer(s, add_special_tokens=False).input_ids)
     return lambda s: len(fast.encode(s, add_special_tokens=False).ids)
 
-# %% ../nbs/02a_budget.ipynb #73413e40
+# %% ../nbs/02a_budget.ipynb #f60033b4
 @dataclass(frozen=True)
 class Request:
     "What a caller asks, before any media is decoded."
@@ -162,7 +168,7 @@ def transcript_text(segments, # List of {"start", "end", "text"}, or plain text
     kept = [s for s in segments if s["end"] > start and s["start"] < end]
     return "".join(["Transcript:\n"] + [f"{s['start']:.1f}s: {s['text']}\n" for s in kept]) if kept else ""
 
-# %% ../nbs/02a_budget.ipynb #ba28b346
+# %% ../nbs/02a_budget.ipynb #0a55e84e
 @dataclass(frozen=True)
 class PromptFormat:
     "The chat template in pieces; one special token opens a turn and one closes it."
@@ -185,7 +191,7 @@ def parts_of(message)->list:
     content = message.get("content") or ""
     return [dict(type="text", text=content)] if isinstance(content, str) else content
 
-# %% ../nbs/02a_budget.ipynb #19fa6666
+# %% ../nbs/02a_budget.ipynb #38ebf44e
 def spoken_text(part, request)->str:
     "The transcript of an audio part, cut to the span that is asked about."
     start, end = part.get("start", request.start), part.get("end", request.end)
@@ -198,7 +204,7 @@ def with_transcripts(messages:list, # Messages with parts of type audio
     def part(p): return dict(type="text", text=spoken_text(p, request)) if p.get("type") == "audio" else p
     return [{**m, "content": m["content"] if isinstance(m["content"], str) else [part(p) for p in m["content"]]} for m in messages]
 
-# %% ../nbs/02a_budget.ipynb #b23b09c0
+# %% ../nbs/02a_budget.ipynb #c10c5773
 @dataclass
 class Slot:
     "One video or image of the prompt, and where it stands on its ladder."
@@ -236,7 +242,7 @@ def lay_turn(message, i, request, counter, fmt)->Turn:
     turn.audio = count(whole)-count(bare) if whole != bare else 0
     return turn
 
-# %% ../nbs/02a_budget.ipynb #1d768f16
+# %% ../nbs/02a_budget.ipynb #4f9d6b88
 def span_of(slot, request, limits)->tuple:
     "(start, end, fps) that are looked at, in seconds, and the wanted cap."
     part, whole = slot.part, max(float(slot.probe.duration), 1e-6)
@@ -279,7 +285,7 @@ def frames_of(slot, request, limits)->tuple:
     if request.policy != "fps": n = plan_frames(probe, fps, cap, request.policy, start, end).n_frames   # only the policy knows
     return n, min(n, max(limits.min_frames, min(n_keys or math.inf, math.ceil((end-start)*limits.min_fps)))), n_keys
 
-# %% ../nbs/02a_budget.ipynb #5c8c7897
+# %% ../nbs/02a_budget.ipynb #277069ad
 def at_least(slot)->int:
     "A lower bound on the tokens of a slot on its level."
     return slot.least[slot.at]
@@ -308,7 +314,7 @@ def exact(slot, request, limits, counter)->int:
         slot.costs[slot.at] = len(starts)*tokens + counter.timestamps(starts)
     return slot.costs[slot.at]
 
-# %% ../nbs/02a_budget.ipynb #332e9109
+# %% ../nbs/02a_budget.ipynb #9b8e6971
 @dataclass(frozen=True)
 class Receipt:
     "Where the tokens of a request go, and what had to give way."
@@ -335,7 +341,7 @@ class Receipt:
         rows = "".join(f"| {k} | {getattr(self, k):,} |\n" for k in ("text", "image", "audio", "video", "reserve", "free", "context"))
         return "| | tokens |\n|---|---:|\n" + rows + "".join(f"- {s}\n" for s in self.steps)
 
-# %% ../nbs/02a_budget.ipynb #5e349fb7
+# %% ../nbs/02a_budget.ipynb #16f75414
 def exchanges(messages)->list:
     "Indexes of droppable messages, grouped as question with its answers, oldest first."
     roles = [m["role"] for m in messages]
@@ -351,7 +357,7 @@ def _leading(roles, what):
         if r != what: return
         yield r
 
-# %% ../nbs/02a_budget.ipynb #7cc1a2b4
+# %% ../nbs/02a_budget.ipynb #b42b04e7
 def say(slot, name):
     "One rung in words."
     (f0, p0, g0, n0), (f1, p1, g1, n1) = slot.levels[slot.at-1], slot.levels[slot.at]
@@ -379,7 +385,7 @@ def fit_encoder(slots, staying, request, limits, counter, fmt)->list:
             s.at += 1; steps.append(say(s, f"{s.kind} {i+1}") + " (encoder cache)")
     return steps
 
-# %% ../nbs/02a_budget.ipynb #ef96928b
+# %% ../nbs/02a_budget.ipynb #1d2ec78a
 def last_level(slot, request, limits, counter)->int:
     "Tokens at the end of the ladder: the least that this video can cost."
     slot.at = len(slot.levels)-1
@@ -402,15 +408,15 @@ def round_down(seconds): return math.floor(seconds/6)*6. if seconds >= 60 else m
 
 def in_words(seconds): return f"{seconds/60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
 
-# %% ../nbs/02a_budget.ipynb #cac68b30
-def least(turns, request, limits, counter, fmt)->int:
+# %% ../nbs/02a_budget.ipynb #babe6762
+def least_of(turns, request, limits, counter, fmt)->int:
     "Tokens of these turns with every video at its least, and of what surrounds them."
     return fixed(counter, fmt) + sum(t.text+t.audio+sum(last_level(s, request, limits, counter) for s in t.slots) for t in turns)
 
 def too_big(slot, i, staying, request, limits, counter, fmt)->BudgetError:
     "The refusal for one video that the engine's encoder cache cannot hold."
     need, most = last_level(slot, request, limits, counter), limits.encoder_cache
-    others = least(staying, request, limits, counter, fmt) - sum(need for t in staying if any(slot is s for s in t.slots))
+    others = least_of(staying, request, limits, counter, fmt) - sum(need for t in staying if any(slot is s for s in t.slots))
     fits = longest_clip(slot, limits.room-others, request, limits, counter)
     tail = f"try a clip shorter than {in_words(fits)}" if fits else "no part of it would fit"
     return BudgetError(f"{slot.kind} {i+1} exceeds the encoder cache: {need} tokens at the least, {most} there are; {tail}",
@@ -418,7 +424,7 @@ def too_big(slot, i, staying, request, limits, counter, fmt)->BudgetError:
 
 def refuse(turns, slots, request, limits, counter, fmt)->BudgetError:
     "The refusal after the last rung, with the longest clip that would have passed."
-    need = least(turns, request, limits, counter, fmt)
+    need = least_of(turns, request, limits, counter, fmt)
     told = f"{need} tokens at the least, {limits.room} there are"
     if videos := [s for s in slots if s.kind == "video"]:
         big = max(videos, key=lambda s: s.costs[s.at])
@@ -431,7 +437,7 @@ def refuse(turns, slots, request, limits, counter, fmt)->BudgetError:
 
 def fixed(counter, fmt): return fmt.bos+1+counter(fmt.ask)
 
-# %% ../nbs/02a_budget.ipynb #14636e56
+# %% ../nbs/02a_budget.ipynb #a0c0532a
 def lay_out(request, limits, counter, fmt):
     "Turns and slots of a request, every slot on the top of its ladder."
     turns = [lay_turn(m, i, request, counter, fmt) for i, m in enumerate(request.messages)]
@@ -468,7 +474,7 @@ def plan_request(request:Request, # Messages and probes
     plans = tuple(plan_of(s, request, limits) for s in live)
     return plans, write_receipt(kept, live, plans, limits, counter, fmt, steps, dropped)
 
-# %% ../nbs/02a_budget.ipynb #1361affe
+# %% ../nbs/02a_budget.ipynb #d77699bb
 def write_receipt(turns, slots, plans, limits, counter, fmt, steps, dropped)->Receipt:
     "Tokens by modality; timestamps are billed to their video."
     bill = dict(text=fixed(counter, fmt)+sum(t.text for t in turns), audio=sum(t.audio for t in turns), image=0, video=0)
@@ -476,7 +482,7 @@ def write_receipt(turns, slots, plans, limits, counter, fmt, steps, dropped)->Re
     frames = tuple((p.n_frames, s.wanted) for s, p in zip(slots, plans) if s.kind == "video")
     return Receipt(**bill, context=limits.context, reserve=limits.reserve, steps=tuple(steps), dropped=tuple(sorted(dropped)), frames=frames)
 
-# %% ../nbs/02a_budget.ipynb #2005789c
+# %% ../nbs/02a_budget.ipynb #d6cb4c72
 def seconds_in(context:int, # Tokens of the window
                limits:BudgetLimits, # Shape and fps; its own context and cap are ignored
                count_text, # Function str -> int

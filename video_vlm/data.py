@@ -11,7 +11,7 @@ __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', '
            'ingest', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe',
            'datasheet']
 
-# %% ../nbs/00_data.ipynb #66fb5672
+# %% ../nbs/00_data.ipynb #3a4c3924
 import atexit, csv, hashlib, importlib.util, itertools, json, os, pickle, re, signal, subprocess, sys, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../nbs/00_data.ipynb #bf8efb5a
+# %% ../nbs/00_data.ipynb #e621a47d
 REASONS = dict(
     empty_file="the file has no bytes", missing="there is no such file", not_media="the bytes are no media container",
     truncated="the container is cut off: its index is missing", no_video="there is no video stream",
@@ -37,7 +37,7 @@ REASONS = dict(
     fetch_failed="the source could not be fetched", forbidden_url="the URL does not point to a public address",
     blocked="on the blocked or opted-out list", internal="an error in this program, not in the file: see the detail")
 
-# %% ../nbs/00_data.ipynb #c4807a77
+# %% ../nbs/00_data.ipynb #c1078c88
 class VideoVLMError(Exception):
     "Base of all errors that a user can act on; `code` is short and countable."
     code = "error"
@@ -52,7 +52,7 @@ class MediaError(VideoVLMError):
         super().__init__(": ".join(o for o in (self.where, REASONS.get(code, code), self.detail) if o), code)
     def __reduce__(self): return type(self), (self.code, self.where, self.detail)
 
-# %% ../nbs/00_data.ipynb #7741ce0d
+# %% ../nbs/00_data.ipynb #c952d9b7
 @dataclass(frozen=True)
 class Limits:
     "What an untrusted file may cost before it is refused."
@@ -68,7 +68,7 @@ class Limits:
         bad = [f.name for f in fields(self) if getattr(self, f.name) <= 0]
         if bad: raise VideoVLMError(f"Limits: {bad} must be positive")
 
-# %% ../nbs/00_data.ipynb #4763a9e2
+# %% ../nbs/00_data.ipynb #3b7bcb75
 def _even(x): return x + x%2
 
 def _video_stream(c, codec, fps, w, h, pix_fmt, crf, gop, bframes, sar, tb, options):
@@ -83,7 +83,7 @@ def _video_stream(c, codec, fps, w, h, pix_fmt, crf, gop, bframes, sar, tb, opti
     else: s.options = dict(options)
     return s
 
-# %% ../nbs/00_data.ipynb #d400c997
+# %% ../nbs/00_data.ipynb #1d344a8e
 def _audio_tone(c, s, seconds, rate=16000):
     "A quiet sine tone, encoded and muxed into the audio stream `s`."
     import av
@@ -94,7 +94,7 @@ def _audio_tone(c, s, seconds, rate=16000):
         c.mux(s.encode(f))
     c.mux(s.encode(None))
 
-# %% ../nbs/00_data.ipynb #90fde44e
+# %% ../nbs/00_data.ipynb #41f8cb90
 def _display_matrix(path, rotation):
     "Write a rotation into the track header of an mp4 (degrees counter-clockwise as PyAV reports them: -90 is a phone held upright)."
     m = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}[rotation % 360]
@@ -105,7 +105,7 @@ def _display_matrix(path, rotation):
     for k, v in zip((0, 4, 12, 16), m): b[i+k:i+k+4] = int(v*65536).to_bytes(4, "big", signed=True)
     Path(path).write_bytes(bytes(b))
 
-# %% ../nbs/00_data.ipynb #a5a3b867
+# %% ../nbs/00_data.ipynb #3916fc83
 def _peek(frames, times):
     "The first frame, and all of them; checks an array, takes any iterable (so that long videos need not fit in memory)."
     if isinstance(frames, np.ndarray):
@@ -143,7 +143,7 @@ def write_video(
     if rotation: _display_matrix(path, rotation)
     return Path(path)
 
-# %% ../nbs/00_data.ipynb #b5b047c8
+# %% ../nbs/00_data.ipynb #73a60b82
 def tiny_clips(folder, size=(64, 48), n=24) -> list:
     "Two clips of a ball that crosses the picture: one at 12 fps, one with variable frame rate. Written in well under a second."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def tiny_clips(folder, size=(64, 48), n=24) -> list:
         out.append(write_video(folder/f"{name}.mp4", fs, t, gop=8, audio=name == "red_cfr"))
     return out
 
-# %% ../nbs/00_data.ipynb #63dcd989
+# %% ../nbs/00_data.ipynb #6ecd107b
 @dataclass(frozen=True)
 class Probe:
     "What a file is, measured on its packets; sizes are as displayed (rotation and pixel shape applied)."
@@ -184,7 +184,7 @@ class Probe:
     stream:int = 0 # Index of the video stream that is read (a file can hold several)
     flags:tuple = () # "incomplete": the header promises more frames than there are
 
-# %% ../nbs/00_data.ipynb #4c52382e
+# %% ../nbs/00_data.ipynb #e49d4ed6
 def _quiet():
     import av
     av.logging.set_level(None)
@@ -199,7 +199,7 @@ def media_errors(path):
     except MemoryError: raise MediaError("crashed", path, "out of memory")
     except Exception as e: raise MediaError(_diagnose(path, e), path, str(e)[:200]) from None
 
-# %% ../nbs/00_data.ipynb #c8bf5c69
+# %% ../nbs/00_data.ipynb #3ca610b5
 MAGIC = {b"\x1a\x45\xdf\xa3": 0, b"RIFF": 0, b"OggS": 0, b"FLV": 0, b"ftyp": 4, b"moov": 4, b"\x47": 0, b"\x00\x00\x01\xba": 0}
 
 def _diagnose(path, e):
@@ -226,7 +226,7 @@ def _has_moov(path, most=1000):
             pos += n
     return False
 
-# %% ../nbs/00_data.ipynb #83b35a73
+# %% ../nbs/00_data.ipynb #58a831b8
 def best_video(c, path=""):
     "The video stream FFmpeg (and decord) prefers; cover pictures do not count."
     s = c.streams.best("video")
@@ -241,7 +241,7 @@ def _check_header(c, s, path, limits):
     if cc.width*cc.height > limits.max_pixels: raise MediaError("too_many_pixels", path, f"{cc.width}x{cc.height}")
     if s.frames > limits.max_frames: raise MediaError("too_many_frames", path, f"{s.frames} frames declared")
 
-# %% ../nbs/00_data.ipynb #22561cc5
+# %% ../nbs/00_data.ipynb #e7a29bcc
 def _packets(c, s, path, limits):
     "Times (ticks) of all shown packets, of keyframes, the last one's length, the number of packets, and: is a GOP open?"
     pts, key, last, n, leading = [], [], 0, 0, False
@@ -260,7 +260,7 @@ def _turn(frame):
     "Degrees counter-clockwise that a frame must be turned to be displayed."
     return int(round(frame.rotation/90)*90) % 360
 
-# %% ../nbs/00_data.ipynb #07483b86
+# %% ../nbs/00_data.ipynb #8c72305e
 def _first_frame(path, limits):
     "The first frame that a sequential decode shows (PyAV), checked against the pixel limit again."
     av = _quiet()
@@ -277,7 +277,7 @@ def display_size(w, h, sar, rotation):
     w, h = (round(w*sar), h) if sar >= 1 else (w, round(h/sar))
     return (h, w) if rotation % 180 else (w, h)
 
-# %% ../nbs/00_data.ipynb #f7500239
+# %% ../nbs/00_data.ipynb #9a70b0ec
 @dataclass(frozen=True)
 class Timeline:
     "A probe with the exact presentation times it was made from (ticks of `time_base`, sorted)."
@@ -311,7 +311,7 @@ def probe(path, limits:Limits=Limits()) -> Probe:
     "Measure a file on its packets and decode one frame; raises `MediaError`. See `isolated` for files you do not trust."
     return timeline(path, limits).probe
 
-# %% ../nbs/00_data.ipynb #0178d315
+# %% ../nbs/00_data.ipynb #162eb386
 def _timeline(path, info, frame, sar, pts, key, last, tb, limits):
     "Put the parts of a probe together and apply the limits on time and count."
     start = frame.pts if frame.pts is not None else (pts[0] if len(pts) else 0)
@@ -328,7 +328,7 @@ def _timeline(path, info, frame, sar, pts, key, last, tb, limits):
               pix_fmt=frame.format.name, keyframes=tuple(round(float((k-start)*tb), 6) for k in key), **info)
     return Timeline(p, pts, key, tb)
 
-# %% ../nbs/00_data.ipynb #9678fc62
+# %% ../nbs/00_data.ipynb #0ce16324
 class _Names(pickle.Unpickler):
     "While a notebook is being written its names live in `__main__` here and in the exported module in the worker: translate both ways."
     def find_class(self, module, name):
@@ -358,7 +358,7 @@ def _worker_main(fd:int, memory_bytes:int):
         try: conn.send_bytes(pickle.dumps(out, protocol=5))
         except Exception as e: conn.send_bytes(pickle.dumps((False, VideoVLMError(f"worker could not answer: {e!r}")), protocol=5))
 
-# %% ../nbs/00_data.ipynb #2dd5ca08
+# %% ../nbs/00_data.ipynb #5d3ba2a4
 class _Worker:
     "One child process and its pipe."
     def __init__(self, memory_bytes):
@@ -382,7 +382,7 @@ def _package_root():
     spec = importlib.util.find_spec("video_vlm")
     return Path(spec.origin).parents[1]
 
-# %% ../nbs/00_data.ipynb #8135ecf2
+# %% ../nbs/00_data.ipynb #ca4b2a18
 _idle, _idle_lock, _idle_pid = [], threading.Lock(), os.getpid()
 
 def _take(memory_bytes):
@@ -413,7 +413,7 @@ def isolated(fn, *args, timeout_s:float=30., memory_bytes:int=4<<30, **kw):
     if ok: return value
     raise value
 
-# %% ../nbs/00_data.ipynb #ecaeb7f2
+# %% ../nbs/00_data.ipynb #2c0f143b
 def content_id(path) -> str:
     "sha256 (hex) of the bytes of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -422,7 +422,7 @@ def utc_now() -> str:
     "Now as an ISO string in UTC, to the second: how all dates of this package are written."
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/00_data.ipynb #be65f07d
+# %% ../nbs/00_data.ipynb #c62a8686
 @dataclass(frozen=True)
 class Clip:
     "One row of the manifest: what the file is, where it comes from, what is known about it."
@@ -457,10 +457,11 @@ class Clip:
     mtime_ns:int = 0
     decisions:list = field(default_factory=list) # dicts rule, ok, detail
     def __hash__(self): return hash((self.id, self.uri))
+    def __repr__(self): return f"Clip({self.id[:12] or '?'}, {Path(self.uri).name}, {self.reason or f'{self.duration:.2f} s, {self.width}x{self.height}, {self.codec}'})"
     @property
     def may_train(self): return not self.reason and all(d["ok"] for d in self.decisions)
 
-# %% ../nbs/00_data.ipynb #a35e6f30
+# %% ../nbs/00_data.ipynb #9207492e
 def _poster(path, width=160):
     "First frame as a small PNG (base64)."
     import base64
@@ -477,7 +478,7 @@ def _clip_html(self):
     return f"<table><tr><td>{pic}</td><td>" + "<br>".join(f"<b>{k}</b> {escape(str(v))}" for k, v in rows.items() if v != "") + "</td></tr></table>"
 Clip._repr_html_ = _clip_html
 
-# %% ../nbs/00_data.ipynb #e8fd09f1
+# %% ../nbs/00_data.ipynb #0790e15f
 @dataclass(frozen=True)
 class Sample:
     "One conversation about one or more videos."
@@ -491,7 +492,7 @@ class Sample:
     @property
     def videos(self): return [p["video"] for m in self.messages if isinstance(m["content"], list) for p in m["content"] if p.get("type") == "video"]
 
-# %% ../nbs/00_data.ipynb #cfa49022
+# %% ../nbs/00_data.ipynb #c2f100a2
 @contextmanager
 def atomic_write(path, mode="w"):
     "Write beside, then rename: a reader sees the old file or the new one, never half of it."
@@ -519,7 +520,7 @@ def load_samples(path) -> list:
     with open(path, encoding="utf-8") as f: rows = [json.loads(l) for l in f if l.strip()]
     return [Sample(**{k: v for k, v in r.items() if k in names}) for r in rows]
 
-# %% ../nbs/00_data.ipynb #5bbc4470
+# %% ../nbs/00_data.ipynb #41ead747
 def finish_stage(folder, inputs:dict=None, counts:dict=None, **more) -> Path:
     "Write `manifest.json`, the mark of a complete stage: inputs (with the hash of their manifest), counts, versions."
     folder, hashes = Path(folder), {}
@@ -538,7 +539,7 @@ def open_stage(folder) -> dict:
     if not m.is_file(): raise VideoVLMError(f"{folder} is not a finished stage (no manifest.json): run the stage that writes it, again if it was interrupted")
     return json.loads(m.read_text())
 
-# %% ../nbs/00_data.ipynb #947610bf
+# %% ../nbs/00_data.ipynb #450c6818
 def nearest(pts:np.ndarray, times) -> np.ndarray:
     "Index of the frame time nearest to each asked time (the earlier one on a tie)."
     pts, times = np.asarray(pts, float), np.asarray(times, float)
@@ -567,7 +568,7 @@ def read_small(path, times, size:int=32) -> np.ndarray:
         for j in order[k:]: out[j] = small(prev[1])
     return np.stack(out)
 
-# %% ../nbs/00_data.ipynb #06117365
+# %% ../nbs/00_data.ipynb #5a887000
 CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)\s*-->\s*(?:(\d+):)?(\d+):(\d+)[.,](\d+)")
 
 def parse_subtitles(text:str, by:str="", known_at:str="") -> list:
@@ -582,7 +583,7 @@ def parse_subtitles(text:str, by:str="", known_at:str="") -> list:
         if said: out.append(dict(start=sec(h1, m1, s1, f1), end=sec(h2, m2, s2, f2), text=" ".join(said.split()), by=by, known_at=known_at))
     return out
 
-# %% ../nbs/00_data.ipynb #100fb3b9
+# %% ../nbs/00_data.ipynb #48282037
 def iso(t) -> str:
     "A change time (seconds) as an ISO string in UTC."
     return datetime.fromtimestamp(t, timezone.utc).isoformat(timespec="seconds")
@@ -604,7 +605,7 @@ def _facts(d:dict, by, known_at) -> dict:
     segs = [dict(start=float(s["start"]), end=float(s["end"]), text=str(s["text"]), by=str(s.get("by") or by), known_at=str(s.get("known_at") or known_at)) for s in d.get("transcript") or []]
     return {**out, **({"captions": caps} if caps else {}), **({"transcript": segs} if segs else {})}
 
-# %% ../nbs/00_data.ipynb #9faeaf91
+# %% ../nbs/00_data.ipynb #4eea28a7
 def _sidecar(suffix, raw:bytes, name, known_at) -> dict:
     "Facts of one sidecar file; what does not parse counts as absent."
     by, text = f"sidecar:{name}", raw.decode("utf-8", "replace").lstrip("\ufeff")
@@ -629,7 +630,7 @@ def _merge(a, b):
     for k, v in b.items(): a[k] = a.get(k, []) + v if isinstance(v, list) else v
     return a
 
-# %% ../nbs/00_data.ipynb #d211172f
+# %% ../nbs/00_data.ipynb #6c3563f0
 def public_address(host:str, port:int) -> str:
     "An address of `host`, if all of them are public; raises `MediaError` `forbidden_url`."
     import ipaddress, socket
@@ -642,7 +643,7 @@ def public_address(host:str, port:int) -> str:
         if any(not o.is_global or o.is_multicast for o in (ip, *filter(None, inner))): raise MediaError("forbidden_url", host, f"{a} is not a public address")
     return sorted(found)[0]
 
-# %% ../nbs/00_data.ipynb #5519502c
+# %% ../nbs/00_data.ipynb #eaff9b9e
 def _connect(url, allow, timeout):
     "An open connection to the checked address of a URL, and the request target."
     import http.client, socket, ssl
@@ -660,7 +661,7 @@ def _connect(url, allow, timeout):
     except OSError as e: raise MediaError("fetch_failed", url, str(e)) from None
     return c, (u.path or "/") + (f"?{u.query}" if u.query else "")
 
-# %% ../nbs/00_data.ipynb #9c637fd6
+# %% ../nbs/00_data.ipynb #2112f7bd
 def _open_url(url, allow, deadline, redirects=5):
     "Follow redirects, checking each target; returns (connection, response)."
     from urllib.parse import urljoin
@@ -692,7 +693,7 @@ def fetch_url(url:str, dest, limits:Limits=Limits(), allow:tuple=()) -> Path:
     finally: c.close()
     return Path(dest)
 
-# %% ../nbs/00_data.ipynb #5a342b20
+# %% ../nbs/00_data.ipynb #d86f7d0b
 VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .flv .wmv .3gp .ogv .gif .y4m".split())
 
 @dataclass(frozen=True)
@@ -722,7 +723,7 @@ class Source:
     offset:int = 0 # Byte position in the archive
     size:int = 0
 
-# %% ../nbs/00_data.ipynb #4fc2e1bc
+# %% ../nbs/00_data.ipynb #aa482b12
 def _is_remote(s): return "://" in s and not s.startswith("file://")
 
 def _local(src:Source, out) -> str:
@@ -751,7 +752,7 @@ def _bring_fsspec(url, path, limits):
     except FileNotFoundError: raise MediaError("missing", url) from None
     except (ImportError, OSError, ValueError) as e: raise MediaError("fetch_failed", url, str(e)) from None
 
-# %% ../nbs/00_data.ipynb #d4c955de
+# %% ../nbs/00_data.ipynb #4b31acf7
 def _tar_sources(path) -> list:
     "Members of a WebDataset shard: `key.mp4` with `key.txt`, `key.json` ... of the same key as its facts."
     import tarfile
@@ -776,7 +777,7 @@ def _folder_sources(folder) -> list:
             elif s == ".tar": out += _tar_sources(os.path.join(d, n))
     return out
 
-# %% ../nbs/00_data.ipynb #6573a35b
+# %% ../nbs/00_data.ipynb #ea2e7133
 def _url_sources(url, out, cfg) -> list:
     "A URL is a video, a tar shard, or (fsspec) a folder or glob of those."
     import fsspec
@@ -803,7 +804,7 @@ def _row_sources(rows, out) -> tuple:
         sources += one; samples += more
     return sources, samples
 
-# %% ../nbs/00_data.ipynb #3245342c
+# %% ../nbs/00_data.ipynb #c3bf3201
 def chat(video, question:str, answer:str, start=None, end=None) -> list:
     "Messages of one question about one video (or a part of it) and its answer."
     v = dict(type="video", video=str(video), **({} if start is None else dict(start=float(start), end=float(end))))
@@ -828,7 +829,7 @@ def _llava(r, video):
     first = next(m for m in msgs if m["role"] == "user"); first["content"].insert(0, dict(type="video", video=video))
     return dict(messages=msgs, id=str(r.get("id", "")), task="qa")
 
-# %% ../nbs/00_data.ipynb #a611b99d
+# %% ../nbs/00_data.ipynb #1b7c8927
 def _captioned(r, video):
     "Captions of a row (`caption`, `captions`, `text`, `sentence`), with spans where there are `timestamps`."
     caps = r.get("sentences") or [r[k] for k in ("sentence",) if r.get(k)]
@@ -853,7 +854,7 @@ def _annotated(rows, root, by, known_at) -> tuple:
         samples += [_sample(m, where, f"{by}:{k}:{j}", by, r.get("created_at") or known_at) for j, m in enumerate(made)]
     return list(sources.values()), samples
 
-# %% ../nbs/00_data.ipynb #af04827f
+# %% ../nbs/00_data.ipynb #efb3f555
 def _video_name(r) -> str:
     "The video of an annotation row."
     v = next((r[k] for k in ("video", "video_name", "video_path", "path", "url", "vid", "video_id") if r.get(k) not in (None, "")), None)
@@ -876,7 +877,7 @@ class _Finder:
         stem = Path(name).stem if Path(name).suffix.lower() in VIDEO_SUFFIXES else Path(name).name
         return self.stems.get(stem) or self.stems.get(stem.removeprefix("v_")) or str(self.root/name)
 
-# %% ../nbs/00_data.ipynb #c103464d
+# %% ../nbs/00_data.ipynb #02b2c3d1
 def _load_rows(path) -> list:
     "Rows of a .json, .jsonl or .csv file; dictionaries keyed by video (MSR-VTT, ActivityNet) become rows."
     path = Path(path); text = path.read_text(encoding="utf-8-sig")
@@ -900,7 +901,7 @@ def read_annotations(path) -> tuple:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as e:
         raise VideoVLMError(f"{path}: a row does not have the form that its keys {list(rows[0])[:8]} promise ({type(e).__name__}: {e})") from None
 
-# %% ../nbs/00_data.ipynb #094cb905
+# %% ../nbs/00_data.ipynb #31fb02e6
 def expand(source, out=".", cfg:IngestConfig=IngestConfig()) -> tuple:
     "(sources sorted by key, samples) of a folder, glob, file, tar shard, annotation file, URL, data set, or a list of any of these."
     if hasattr(source, "column_names") or (isinstance(source, (list, tuple)) and source and isinstance(source[0], dict)): found, samples = _row_sources(source, out)
@@ -927,7 +928,7 @@ def _expand_one(s, out, cfg) -> tuple:
     if suffix in (".json", ".jsonl", ".csv"): return read_annotations(s)
     return [Source(s)], []
 
-# %% ../nbs/00_data.ipynb #edeea648
+# %% ../nbs/00_data.ipynb #fa366cb6
 def examine(path, limits:Limits=Limits()) -> dict:
     "The measured part of a `Clip` row: probe and content id; raises `MediaError`. Runs in a worker."
     path = os.fspath(path)
@@ -944,7 +945,7 @@ def _decide(row, cfg):
     if row["consent"].strip().lower() in ("no", "withdrawn", "denied", "opt-out"): row["decisions"].append(dict(rule="consent", ok=False, detail=row["consent"]))
     return row
 
-# %% ../nbs/00_data.ipynb #d25741f9
+# %% ../nbs/00_data.ipynb #1bd1e057
 def _row(src:Source, out, cfg) -> dict:
     "A `Clip` row for any source: the facts, or the reason why there are none."
     path = _local(src, out)
@@ -961,7 +962,7 @@ def _row(src:Source, out, cfg) -> dict:
     _merge(row, _beside(path)); _merge(row, src.facts)
     return _decide(row, cfg)
 
-# %% ../nbs/00_data.ipynb #f6e0bb67
+# %% ../nbs/00_data.ipynb #91897313
 def _schema():
     "Arrow schema of a `Clip`."
     import pyarrow as pa
@@ -987,7 +988,7 @@ def _rows(folder):
         for r in pq.read_table(f, partitioning=None).to_pylist(): rows[r["uri"]] = r
     return [rows[k] for k in sorted(rows)]
 
-# %% ../nbs/00_data.ipynb #9d005ab6
+# %% ../nbs/00_data.ipynb #c319d0fe
 def _journal(path) -> tuple:
     "(rows by path, times each path was begun) of a journal; a half-written last line (the process was killed) is cut off."
     if not path.exists(): return {}, {}
@@ -1007,7 +1008,7 @@ def _unchanged(row):
     except OSError: return row["reason"] in ("missing", "forbidden_url", "fetch_failed")
     return (st.st_size, st.st_mtime_ns) == (row["bytes"], row["mtime_ns"])
 
-# %% ../nbs/00_data.ipynb #e8cf49ba
+# %% ../nbs/00_data.ipynb #adc2847b
 def _measure(sources, out, cfg, bar, attempts=3) -> tuple:
     "Rows of `sources`, in their order, measured in parallel through the journal; and how many were begun in all."
     journal = Path(out)/"journal.jsonl"; rows, begun = _journal(journal)
@@ -1027,7 +1028,7 @@ def _measure(sources, out, cfg, bar, attempts=3) -> tuple:
         os.fsync(f.fileno())
     return [done[_local(s, out)] for s in sources], sum(begun.values()) + len(todo)
 
-# %% ../nbs/00_data.ipynb #56f8cb2f
+# %% ../nbs/00_data.ipynb #a3576363
 def _check_config(out, cfg):
     "A stage folder belongs to one config: another one would mix rows that were judged differently."
     f, mine = out/"config.json", json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("workers", "progress")}))
@@ -1052,7 +1053,7 @@ def _only_one(out):
         for f in itertools.chain(out.glob(".*.tmp"), (out/"media").glob(".*.tmp")): f.unlink(missing_ok=True)
         yield
 
-# %% ../nbs/00_data.ipynb #2aa4e1c0
+# %% ../nbs/00_data.ipynb #c45fb945
 def _ingest_new(sources, out, cfg) -> int:
     "Measure what is not in the manifest yet, one shard after the other; the same bytes twice are one clip (the first by name)."
     from tqdm import tqdm
@@ -1092,7 +1093,7 @@ def _counts(clips) -> dict:
     reasons = dict(Counter(c.reason for c in clips if c.reason))
     return dict(found=len(clips), clips=len(clips)-sum(reasons.values()), rejected=sum(reasons.values()), reasons=reasons, may_train=sum(c.may_train for c in clips))
 
-# %% ../nbs/00_data.ipynb #b4ad9b71
+# %% ../nbs/00_data.ipynb #22b4b29a
 def _known(items, day): return [o for o in items if o["known_at"] and o["known_at"][:len(day)] <= day]
 
 def as_of(clips, day:str) -> list:
@@ -1118,7 +1119,7 @@ def training_clips(folder, day:str=None) -> list:
     "Clips that every decision allows to train on."
     return [c for c in load_clips(folder, day=day) if c.may_train]
 
-# %% ../nbs/00_data.ipynb #b5c0f16b
+# %% ../nbs/00_data.ipynb #1cf4c758
 def add_text(folder, rows) -> Path:
     "Add captions {id, text, by} or segments {id, start, end, text, by} to clips of a finished stage; `known_at` defaults to now."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -1142,7 +1143,7 @@ def caption_clips(folder, answer, by:str, prompt:str="Describe this video in one
     todo = [c for c in load_clips(folder) if all(o["by"] != by for o in c.captions)]
     add_text(folder, [dict(id=c.id, text=t, by=by) for c in todo if (t := answer(c, prompt))]); return len(todo)
 
-# %% ../nbs/00_data.ipynb #a240a1b3
+# %% ../nbs/00_data.ipynb #0af77b53
 def whisper(model_folder, **kw):
     "A transcriber `path -> [{start, end, text}]` from a local faster-whisper model; raises `VideoVLMError` where package or folder is missing."
     try: from faster_whisper import WhisperModel
@@ -1166,7 +1167,7 @@ def transcribe(folder, asr, by:str) -> dict:
     with atomic_write(Path(folder)/"transcripts.json") as f: json.dump(dict(by=by, asr="missing" if asr is None else "present", **counts), f)
     return dict(counts)
 
-# %% ../nbs/00_data.ipynb #f11e3a95
+# %% ../nbs/00_data.ipynb #e0930ba7
 def _tally(title, values, top=12) -> tuple:
     c = Counter(v or "(none stated)" for v in values)
     return title, [(str(k), n) for k, n in c.most_common(top)] + ([("others", sum(c.values())-sum(n for _, n in c.most_common(top)))] if len(c) > top else [])
@@ -1184,7 +1185,7 @@ def _sheet(clips) -> list:
             _tally("Captions by", [t["by"].split(":")[0] for c in good for t in c.captions]), _tally("Transcript by", [t["by"].split(":")[0] for c in good for t in c.transcript]),
             _tally("Decisions", [f"{d['rule']} {'allows' if d['ok'] else 'forbids'}: {d['detail']}" for c in good for d in c.decisions])]
 
-# %% ../nbs/00_data.ipynb #15dd6ba8
+# %% ../nbs/00_data.ipynb #2ccc21a6
 def _posters(clips, n) -> str:
     "HTML of up to n posters, evenly over the clips; decoded in a worker."
     good, out = [c for c in clips if not c.reason], []

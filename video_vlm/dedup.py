@@ -9,7 +9,7 @@ __all__ = ['MIRROR', 'FLIP', 'SPEEDS', 'SHORT', 'STILL', 'FAINT', 'PROMISING', '
            'show_match', 'hash_words', 'feature_words', 'pick_words', 'index_words', 'candidates', 'candidates_on_disk',
            'cluster', 'same_text', 'signatures', 'lookup', 'dedup', 'load_clusters']
 
-# %% ../nbs/01_dedup.ipynb #ceff61e5
+# %% ../nbs/01_dedup.ipynb #a161ed56
 import json, os, threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from .data import MediaError, VideoVLMError, atomic_write, best_video, finish_stage, isolated, load_clips, media_errors, open_stage
 
-# %% ../nbs/01_dedup.ipynb #5c0a1fff
+# %% ../nbs/01_dedup.ipynb #88adf4a8
 @dataclass(frozen=True)
 class DedupConfig:
     "How clips are described, looked up and compared."
@@ -31,7 +31,7 @@ class DedupConfig:
     max_keys:int = 96 # Key frames a clip
     words:int = 96 # Index words of each kind for every four seconds
     min_votes:float = 2.5 # Shared words (rare ones count more) that make a candidate
-    top:int = 8 # Candidates a clip that are compared
+    top:int = 12 # Candidates a clip that are compared
     bucket:int = 24 # Neighbours of a word that are paired; more are linked in a chain
     threshold:float = .83 # Least agreement of a link
     strong:float = .93 # Links below this are weak
@@ -43,7 +43,7 @@ class DedupConfig:
     def __post_init__(self):
         if not 0 < self.threshold <= self.strong <= 1: raise VideoVLMError("DedupConfig: 0 < threshold <= strong <= 1")
 
-# %% ../nbs/01_dedup.ipynb #80102f1a
+# %% ../nbs/01_dedup.ipynb #de1a6295
 def _upright(f, w, h, scaler):
     "A small RGB frame as it is meant to be shown; `scaler` is shared by the frames of a clip, since making one costs more than using it."
     x = scaler.reformat(f, w, h, "rgb24", interpolation="AREA").to_ndarray()
@@ -68,7 +68,7 @@ def sample_frames(path, fps:float=4., side:int=192, max_frames:int=1200):
     if not rows: raise MediaError("decode_failed", path)
     return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows]), np.array([r[2] for r in rows], np.float32)
 
-# %% ../nbs/01_dedup.ipynb #e5c4dd59
+# %% ../nbs/01_dedup.ipynb #b286f948
 def content_box(grey:np.ndarray, most:float=.45):
     "(x0, y0, x1, y1) of the picture without flat, still bars at its borders."
     lo, hi = grey.min(0).astype(int), grey.max(0).astype(int)
@@ -97,7 +97,7 @@ def frame_hashes(grey:np.ndarray, box=None):
 
 def hamming(a, b): return np.bitwise_count(np.asarray(a, np.uint64) ^ np.asarray(b, np.uint64))
 
-# %% ../nbs/01_dedup.ipynb #87791bb5
+# %% ../nbs/01_dedup.ipynb #3a2d80cb
 def align_hashes(A:np.ndarray, B:np.ndarray, least:float=.5) -> np.ndarray:
     "Mean Hamming distance [m] at the best offset of hash sequences uint64 [m,T] and [m,T], straight or mirrored; at least the share `least` must overlap."
     T, best = A.shape[1], np.full(len(A), 64.)
@@ -107,7 +107,7 @@ def align_hashes(A:np.ndarray, B:np.ndarray, least:float=.5) -> np.ndarray:
             best = np.minimum(best, hamming(x, y ^ M).mean(1))
     return best
 
-# %% ../nbs/01_dedup.ipynb #ecd4d4d8
+# %% ../nbs/01_dedup.ipynb #54400ade
 FLIP = np.arange(128).reshape(4, 4, 8)[::-1][:, :, (-np.arange(8)) % 8].ravel()
 
 def key_frames(grey:np.ndarray, times:np.ndarray, most:int=96, gap:float=.45, change:float=4.):
@@ -133,7 +133,7 @@ def local_features(grey:np.ndarray, keys, n:int=80):
     if not points: return np.zeros((0, 5), np.float32), np.zeros((0, 128), np.uint8)
     return np.concatenate(points), np.minimum(np.concatenate(descs)*512, 255).astype(np.uint8)
 
-# %% ../nbs/01_dedup.ipynb #f35edc31
+# %% ../nbs/01_dedup.ipynb #e20bd98d
 @dataclass
 class Signature:
     "What is kept of a clip; see `signature`."
@@ -175,7 +175,7 @@ def signature(path, cfg:DedupConfig=DedupConfig()) -> Signature:
     thumbs = np.stack([cv2.resize(g, (max(4, round(w*k)), max(4, round(h*k))), interpolation=cv2.INTER_AREA) for g in grey])
     return Signature(times, thumbs, hashes, contrast, colour, points, descs, (w, h), tuple(int(o) for o in box))
 
-# %% ../nbs/01_dedup.ipynb #e4af0ad3
+# %% ../nbs/01_dedup.ipynb #a06dda22
 def _whole(a, b, mirror):
     "The map of picture a onto picture b, bars left out."
     ax0, ay0, ax1, ay1 = a.box; bx0, by0, bx1, by1 = b.box
@@ -210,7 +210,7 @@ def _full_cells(F, n=12):
     cuts = np.flatnonzero(np.diff(keys)) + 1; starts, ends = np.r_[0, cuts], np.r_[cuts, len(keys)]
     return [who[starts[i]:ends[i]] for i in np.argsort(starts-ends, kind="stable")[:n]]
 
-# %% ../nbs/01_dedup.ipynb #8e745ecf
+# %% ../nbs/01_dedup.ipynb #e8fd1099
 def _spread(xy, cell=12): return len(set(map(tuple, (xy//cell).astype(int))))
 
 def geometries(a:Signature, b:Signature, mirror:bool, n:int=2):
@@ -224,7 +224,7 @@ def geometries(a:Signature, b:Signature, mirror:bool, n:int=2):
     cells = sorted(((_spread(Q[i, :2]), i) for i in _full_cells(_proposals(P, Q, a.size, b.size))), key=lambda o: -o[0])
     out, used = [], []
     for support, idx in cells:
-        if len(out) == n or support < 6: break
+        if len(out) == n or support < 7: break
         if any(len(np.intersect1d(idx, u)) > .6*len(idx) for u in used): continue
         used.append(idx); cv2.setRNGSeed(0)
         G, _ = cv2.estimateAffine2D(P[idx, :2], Q[idx, :2], method=cv2.RANSAC, ransacReprojThreshold=4, maxIters=300)
@@ -240,7 +240,7 @@ def _plausible(G):
     main, off = (straight, turned) if sum(straight) >= sum(turned) else (turned, straight)
     return np.linalg.det(G[:, :2]) > 0 and min(main) > .12 and max(main) < 8 and max(main)/min(main) < 2.4 and max(off) < .14*max(main)
 
-# %% ../nbs/01_dedup.ipynb #7490ecf6
+# %% ../nbs/01_dedup.ipynb #5bcb0496
 def _draw(sig, T, w, h, shrink):
     "The thumbnails of a signature on a grid of w x h whose pixels are `shrink` thumbnail pixels wide: float32 [T,h,w]. Four frames at a time, as colour channels."
     import cv2
@@ -277,7 +277,7 @@ def overlay(G, a:Signature, b:Signature, grid:int=40):
     area = mask.sum()/g**2
     return Overlay(X[:, mask], Y[:, mask], a.times, b.times, mask, float(min(1, max(area/(wa*ha), area*k*k/(wb*hb)))))
 
-# %% ../nbs/01_dedup.ipynb #e067c32d
+# %% ../nbs/01_dedup.ipynb #432f7fca
 SPEEDS = (1., 1.1, 1/1.1, 1.5, 1/1.5)
 
 def _unit(x): x = x-x.mean(1, keepdims=True); return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
@@ -304,7 +304,7 @@ def time_lines(o:Overlay, cfg:DedupConfig=DedupConfig(), n:int=4):
             out += [(v[j], s, (j+q0)*step) for j in np.argsort(-v)[:2] if v[j] > -9]
     return sorted(set(out), reverse=True)[:n]
 
-# %% ../nbs/01_dedup.ipynb #309d6856
+# %% ../nbs/01_dedup.ipynb #2eb38895
 def _at(X, ts, t):
     "Frames at times t, between two frames mixed."
     if len(ts) == 1: return np.repeat(X, len(t), 0)
@@ -337,7 +337,7 @@ def evidence(o:Overlay, speed:float, offset:float) -> dict|None:
     return dict(motion=motion, motion_med=motion_med, motion_low=motion_low, still=still, still_med=still_med, still_low=still_low,
                 energy=float(min(dx.std(), dy.std())), other_energy=float(max(dx.std(), dy.std())), texture=float(min(mx.std(), my.std())), frames=n)
 
-# %% ../nbs/01_dedup.ipynb #855135f4
+# %% ../nbs/01_dedup.ipynb #e353dac9
 @dataclass(frozen=True)
 class Match:
     "What two clips have in common. Time in a = `speed` * time in b + `offset`."
@@ -363,7 +363,7 @@ def _score(e, speed):
         s = max(e["motion"], e["motion_med"]) - .03*(speed != 1) - min(.1, .5*max(0., .88-e["motion_low"]))
         return max(0., s)*min(1., max(0., e["still_med"])/.5), "motion"
     s = max(0., min(e["still"], e["still_low"]) - .1*(speed != 1))*min(1, e["texture"]/6)
-    if e["energy"] > .25 and max(e["motion"], e["motion_med"]) < .3: s = min(s, .9)      # the little that changes, changes otherwise: the same scene at another time
+    if e["energy"] > .25 and max(e["motion"], e["motion_med"]) < .1: s = min(s, .9)      # the little that changes, changes otherwise: the same scene at another time
     return s, "still"
 
 def _judge(o, a, b, speed, offset, cfg, **more):
@@ -403,7 +403,7 @@ def _refine(best, o, a, b, cfg):
         if r.score > best.score: best = r
     return best
 
-# %% ../nbs/01_dedup.ipynb #5cc722a7
+# %% ../nbs/01_dedup.ipynb #cfe70d6f
 def show_match(a:Signature, b:Signature, m:Match, n:int=8, width:int=96):
     "Contact sheet (PIL image) of two signatures as a match lays them over each other."
     import cv2
@@ -420,7 +420,7 @@ def show_match(a:Signature, b:Signature, m:Match, n:int=8, width:int=96):
     ImageDraw.Draw(sheet).text((3, 1), say, fill=0)
     return sheet
 
-# %% ../nbs/01_dedup.ipynb #acae51f9
+# %% ../nbs/01_dedup.ipynb #9cef04f6
 _BANDS = [np.arange(i, 64, 5) for i in range(5)]          # interleaved, so that each band sees low and high frequencies
 _PAIRS = [(i, j) for i in range(5) for j in range(i)]
 
@@ -461,7 +461,7 @@ def index_words(s:Signature, cfg:DedupConfig=DedupConfig(), mirror:bool=False) -
     pick = lambda w: pick_words(np.unique(w)[None], k)[0]
     return np.sort(np.concatenate([pick(hash_words(h)), pick(feature_words(d))]))
 
-# %% ../nbs/01_dedup.ipynb #0c4b3244
+# %% ../nbs/01_dedup.ipynb #e7fd54d3
 _OWNER = np.uint64(28)      # a word has 34 bits, a clip number 28: both fit into one integer, and one sort orders both
 
 def _neighbours(keys, sizes, most):
@@ -499,20 +499,20 @@ def _elect(counted, n, cfg):
     common = np.sqrt(1 + sum(np.bincount(pairs[:, k], votes, n) for k in (0, 1)))      # what is a little like everything is not much like anything
     return _top(pairs, votes, cfg.top, votes/(common[pairs]).prod(1))
 
-SURE, ABOVE = 20., 1.25   # votes that need no comparison; how far a smaller vote must stand above the noise of its clip
+SURE, ABOVE = 20., 1.5   # votes that need no comparison; how far a smaller vote must stand above the noise of its clip
 
 def _top(pairs, votes, k, rank_by=None):
-    "Of each clip its `k` best pairs, as far as they stand out from what the clip shares with anybody; a pair stays if either side wants it."
+    "Of each clip its `k` best pairs with many votes, and half of that with fewer, as far as they stand out from the noise; a pair stays if either side wants it."
     worth = votes if rank_by is None else rank_by; keep = np.zeros(len(pairs), bool)
     for side in (0, 1) if len(pairs) else ():
         order = np.lexsort((-worth, pairs[:, side])); s, v = pairs[order, side], votes[order]
         start = np.flatnonzero(np.r_[True, s[1:] != s[:-1]]); size = np.diff(np.r_[start, len(s)])
         rank = np.arange(len(s)) - np.repeat(start, size)
         noise = np.repeat(np.where(size > k, v[np.minimum(start+k, len(v)-1)], 0), size)
-        keep[order[(rank < k) & ((v >= SURE) | (v > ABOVE*noise))]] = True
+        keep[order[(rank < k) & (v >= SURE) | (rank < max(1, k//2)) & (v > ABOVE*noise)]] = True
     return pairs[keep], votes[keep]
 
-# %% ../nbs/01_dedup.ipynb #d0d8c3b9
+# %% ../nbs/01_dedup.ipynb #5a9a282c
 def candidates_on_disk(chunks, n:int, folder, cfg:DedupConfig=DedupConfig(), parts:int=16):
     "As `candidates`, for an iterable of (keys, owner) too large for memory; `folder` takes the words for the time being."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); files = [open(folder/f"words-{p:03d}", "wb") for p in range(parts)]
@@ -525,7 +525,7 @@ def candidates_on_disk(chunks, n:int, folder, cfg:DedupConfig=DedupConfig(), par
         code, votes = counted[-1]; counted[-1] = code[votes > .4], votes[votes > .4]     # one very common word is no evidence
     return _elect(counted, n, cfg)
 
-# %% ../nbs/01_dedup.ipynb #6e31b621
+# %% ../nbs/01_dedup.ipynb #c1f92f21
 class _Union:
     "Disjoint sets over 0..n-1."
     def __init__(self, n): self.p = list(range(n))
@@ -551,7 +551,7 @@ def cluster(n:int, links, strong:float=.94):
         touched -= {a, b}; touched.add(u.join(a, b))
     return [u.find(i) for i in range(n)], [r for r in refused if u.find(r[0]) != u.find(r[1])]
 
-# %% ../nbs/01_dedup.ipynb #da55d427
+# %% ../nbs/01_dedup.ipynb #1bacc0e5
 def _shingles(text, n=3):
     w = "".join(c if c.isalnum() else " " for c in text.lower()).split()
     return {" ".join(w[i:i+n]) for i in range(max(1, len(w)-n+1))}
@@ -578,7 +578,7 @@ def _same_meaning(texts, embed, threshold, block=2048):
         for i, j in zip(*np.nonzero(v[a:a+block] @ v.T >= threshold)):
             if a+i < j: yield (a+int(i), int(j)), float(v[a+i] @ v[j])
 
-# %% ../nbs/01_dedup.ipynb #aa908bbe
+# %% ../nbs/01_dedup.ipynb #c89ccded
 def _workers(cfg): return cfg.workers or os.cpu_count() or 1
 def _file(folder, id): return Path(folder)/"signatures"/id[:2]/f"{id}.npz"
 def _signature_file(uri, path, cfg): signature(uri, cfg).save(path)
@@ -598,7 +598,7 @@ def signatures(clips, out, cfg:DedupConfig=DedupConfig()) -> dict:
         with ThreadPoolExecutor(_workers(cfg)) as ex: list(ex.map(one, todo))
     return failed
 
-# %% ../nbs/01_dedup.ipynb #f9e08375
+# %% ../nbs/01_dedup.ipynb #782ff989
 def _segments(out):
     "(keys, owners, ids) of the segments in a folder, oldest first."
     for d in sorted((Path(out)/"index").glob("[0-9]*")):
@@ -619,7 +619,7 @@ def lookup(keys, owner, segment, cfg:DedupConfig=DedupConfig()):
     ok = votes >= cfg.min_votes; code, votes = code[ok], votes[ok]
     return _top(np.stack([code // np.uint64(max(len(ids), 1)), code % np.uint64(max(len(ids), 1))], 1).astype(np.int64), votes, cfg.top)
 
-# %% ../nbs/01_dedup.ipynb #74a2c35a
+# %% ../nbs/01_dedup.ipynb #4c93e70d
 def _words(ids, out, cfg):
     "Words, owners and a flag for those of the mirror image."
     keys, owner, flip = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], [np.zeros(0, bool)]

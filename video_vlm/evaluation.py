@@ -9,9 +9,10 @@ __all__ = ['EvaluationError', 'EvaluationConfig', 'Prediction', 'normalise', 'ma
            'compare', 'Slice', 'slices', 'iou', 'grounding_metrics', 'ranks', 'retrieval_metrics', 'words', 'ngrams',
            'bleu', 'rouge_l', 'cider', 'caption_metrics', 'Item', 'choice_prompt', 'score_answer', 'Task',
            'task_from_samples', 'score_caption', 'caption_summary', 'caption_task', 'shuffle_options', 'position_bias',
-           'contamination', 'answer_key', 'batched', 'Run', 'run_task', 'load_run', 'prior_answer', 'openai_answer']
+           'contamination', 'answer_key', 'batched', 'Run', 'run_task', 'load_run', 'prior_answer', 'openai_answer',
+           'checkpoint_fingerprint', 'model_answer']
 
-# %% ../nbs/07_evaluation.ipynb #d5f28c2d
+# %% ../nbs/07_evaluation.ipynb #09952e3d
 import hashlib, inspect, json, math, os, platform, re, sys, time, unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from .data import Sample, VideoVLMError, content_id
 
-# %% ../nbs/07_evaluation.ipynb #35caeab1
+# %% ../nbs/07_evaluation.ipynb #e1a33627
 class EvaluationError(VideoVLMError):
     "An evaluation that cannot be trusted: no predictions, runs that do not match, a task without truth."
     code = "evaluation"
@@ -38,7 +39,7 @@ class EvaluationConfig:
     def __post_init__(self):
         if self.batch_size < 1 or self.workers < 1: raise EvaluationError(f"batch_size and workers must be at least 1, not {self.batch_size} and {self.workers}")
 
-# %% ../nbs/07_evaluation.ipynb #3e257ef0
+# %% ../nbs/07_evaluation.ipynb #99e6447d
 @dataclass(frozen=True)
 class Prediction:
     "One answered question. `score` is in 0..1; `correct` is its yes/no reading."
@@ -58,7 +59,7 @@ class Prediction:
     @property
     def correct(self): return self.score >= .5
 
-# %% ../nbs/07_evaluation.ipynb #f6c97663
+# %% ../nbs/07_evaluation.ipynb #809533db
 _NUMBERS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())} | {"none": "0", "once": "1", "twice": "2"}
 _FRAME = re.compile(r"^(?:(?:so|thus|therefore) )?(?:(?:final |correct |best )?answer(?: is)?|it is|its|it was|they are|there (?:is|are|was|were)|i (?:think|believe)(?: it is)?) ")
 
@@ -75,7 +76,7 @@ def _peel(text):
     while t != last: last, t = t, _FRAME.sub("", t)
     return t.strip()
 
-# %% ../nbs/07_evaluation.ipynb #f637057f
+# %% ../nbs/07_evaluation.ipynb #d223c113
 def match_answer(pred, truth, options=()):
     "True when `pred` says `truth` and nothing else. `truth`: a str, or several accepted ones. With `options` the answer is read as a choice."
     truths = [truth] if isinstance(truth, (str, int, float)) else list(truth)
@@ -89,7 +90,7 @@ def match_answer(pred, truth, options=()):
             return not re.match(r"(yes|no) (and|or) (yes|no)\b", p)
     return False
 
-# %% ../nbs/07_evaluation.ipynb #a981b149
+# %% ../nbs/07_evaluation.ipynb #3371e7a8
 _EXPLICIT = r"(?:answer|option|choice)(?:\s+(?:is|would be|should be|must be|was))?\s*(?:option|choice)?\s*[:=]?\s*"
 _NOT = re.compile(r"(?:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bexcept|\brules? out|\bexclud\w+|\beliminat\w+)\s+(?:is\s+)?(?:the\s+|a\s+|an\s+)?(?:option\s+|choice\s+|answer\s+)?$", re.I)
 
@@ -107,7 +108,7 @@ def _only(found):
     s = set(found)
     return s.pop() if len(s) == 1 else None
 
-# %% ../nbs/07_evaluation.ipynb #12d09556
+# %% ../nbs/07_evaluation.ipynb #9c8e498e
 def _stated(t, L):
     "Letters named by statements such as 'the answer is (B)', in order; a list such as 'A or B' names nothing."
     out = []
@@ -128,7 +129,7 @@ def _stated(t, L):
         if not re.search(r"(?:or|and|/|,|&)\s*(?:option\s+)?$", t[:m.start()]): out.append(m[1].upper())
     return out
 
-# %% ../nbs/07_evaluation.ipynb #b22aeaa1
+# %% ../nbs/07_evaluation.ipynb #5c99d342
 def _mentions(t, options):
     "Indexes of the options whose text occurs in `t`, longest first so that 'red' inside 'dark red' is not counted; negated ones are masked."
     text, found = f" {normalise(t)} ", []
@@ -162,7 +163,7 @@ def extract_choice(text, options, letters="ABCDEFGHIJ"):
             and not (m[1] in "AI" and re.match(r"\s+[a-z0-9]", t[m.end():]) and not _LETTER_TAIL.match(t[m.end():]))]
     return at(_only(free))
 
-# %% ../nbs/07_evaluation.ipynb #61d5f0cd
+# %% ../nbs/07_evaluation.ipynb #aeed914b
 _TIME = r"((?:\d+:)?\d+:\d+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)\s*(?:s|sec|secs|seconds?)?\b"
 
 def _seconds(s):
@@ -173,7 +174,7 @@ def parse_spans(text):
     found = re.finditer(rf"{_TIME}\s*(?:to|until|till|and|through|-|–|—|,)\s*(?:at\s+)?{_TIME}", str(text), re.I)
     return [tuple(sorted((_seconds(m[1]), _seconds(m[2])))) for m in found]
 
-# %% ../nbs/07_evaluation.ipynb #f924be16
+# %% ../nbs/07_evaluation.ipynb #d8a322be
 def cluster_sums(values, clusters):
     "Sums of `values` [n] and counts by cluster -> (s [G], n [G]) float64."
     v = np.asarray(values, np.float64)
@@ -200,7 +201,7 @@ def effective_df(s, n):
     with np.errstate(divide="ignore", invalid="ignore"): df = 2 * t**2 / (q - t**2 / G)
     return np.where(np.isfinite(df), np.clip(df, min(4, max(G - 1, 1)), max(G - 1, 1)), max(G - 1, 1))
 
-# %% ../nbs/07_evaluation.ipynb #281e0e14
+# %% ../nbs/07_evaluation.ipynb #ac404895
 def clustered_interval(s, n, level=.95, unit=True, binary=True):
     "Analytic interval of sum(s)/sum(n), clusters on the last axis -> (low, high). `unit`: scores lie in 0..1 (Wilson), else Student's t."
     from scipy.stats import t as student
@@ -217,7 +218,7 @@ def clustered_interval(s, n, level=.95, unit=True, binary=True):
     mid, half = (p + z * z / (2 * m)) / (1 + z * z / m), z / (1 + z * z / m) * np.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
     return np.clip(mid - half, 0, 1), np.clip(mid + half, 0, 1)
 
-# %% ../nbs/07_evaluation.ipynb #d2f9c107
+# %% ../nbs/07_evaluation.ipynb #2b8097f0
 def bootstrap_interval(s, n, level=.95, n_boot=2000, seed=0):
     "Cluster bootstrap of sum(s)/sum(n), s and n [G] -> (low, high); expanded percentiles. One cluster has no spread: infinite."
     from scipy.stats import norm, t as student
@@ -231,7 +232,7 @@ def bootstrap_interval(s, n, level=.95, n_boot=2000, seed=0):
     lo, hi = np.quantile(np.concatenate(out), [tail, 1 - tail])
     return float(lo), float(hi)
 
-# %% ../nbs/07_evaluation.ipynb #ca1d9efa
+# %% ../nbs/07_evaluation.ipynb #abe0cd45
 @dataclass(frozen=True)
 class Score:
     "A mean with its 95% interval, clustered by clip."
@@ -254,7 +255,7 @@ def mean_score(values, clusters, n_boot=2000, seed=0):
     boot = bootstrap_interval(s, n, n_boot=n_boot, seed=seed) if n_boot else ()
     return Score(float(s.sum() / n.sum()), (float(lo), float(hi)), len(v), len(s), boot, float(clustered_se(s, n)))
 
-# %% ../nbs/07_evaluation.ipynb #6780a20b
+# %% ../nbs/07_evaluation.ipynb #06183f92
 def simulate_coverage(clips=100, per_clip=(1, 9), p=.7, icc=.3, reps=4000, level=.95, seed=0):
     "Share of `reps` simulated test sets whose interval holds the true `p`. Clip difficulty is Beta with intra-clip correlation `icc`."
     rng = np.random.default_rng(seed)
@@ -264,7 +265,7 @@ def simulate_coverage(clips=100, per_clip=(1, 9), p=.7, icc=.3, reps=4000, level
     lo, hi = clustered_interval(s, n, level)
     return float(((lo <= p) & (p <= hi)).mean())
 
-# %% ../nbs/07_evaluation.ipynb #e49bb3cc
+# %% ../nbs/07_evaluation.ipynb #8733f9e4
 def accuracy(preds, n_boot=2000, seed=0):
     "Mean score of `preds` with a 95% interval clustered by clip -> Score. Raises EvaluationError when there are none."
     preds = list(preds)
@@ -282,7 +283,7 @@ def summary(preds, **kw):
     skills = {str(k): s.to_dict("accuracy") for k, s in by_skill(preds, **kw).items()}
     return accuracy(preds, **kw).to_dict("accuracy") | {"by_skill": skills, "errors": sum(bool(p.error) for p in preds)}
 
-# %% ../nbs/07_evaluation.ipynb #12e99623
+# %% ../nbs/07_evaluation.ipynb #7488e556
 @dataclass(frozen=True)
 class Comparison:
     "b minus a on the same questions."
@@ -307,7 +308,7 @@ def _flip_p(d):
     for x in d: sums = np.concatenate([sums + x, sums - x])
     return float((np.abs(sums) >= abs(d.sum()) - 1e-12).mean())
 
-# %% ../nbs/07_evaluation.ipynb #d8c82bf6
+# %% ../nbs/07_evaluation.ipynb #c2b42c3f
 def paired_difference(a, b, clusters, exact_below=17):
     "Paired comparison of scores `a` and `b` [n] of the same questions, clustered -> Comparison."
     from scipy.stats import t as student
@@ -334,7 +335,7 @@ def compare(preds_a, preds_b):
     ids = sorted(A)
     return paired_difference([A[i].score for i in ids], [B[i].score for i in ids], [A[i].clip for i in ids])
 
-# %% ../nbs/07_evaluation.ipynb #e6d02a53
+# %% ../nbs/07_evaluation.ipynb #f75eb92a
 @dataclass(frozen=True)
 class Slice:
     "One cut of a run beside the rest of it."
@@ -354,7 +355,7 @@ def _cut(values, bins=3):
     name = lambda v: f"{edges[k := min(max(np.searchsorted(edges, v, 'right') - 1, 0), len(edges) - 2)]:.4g} to {edges[k + 1]:.4g}"
     return ["None" if v is None else name(v) for v in values]
 
-# %% ../nbs/07_evaluation.ipynb #12325245
+# %% ../nbs/07_evaluation.ipynb #17286dba
 def slices(preds, by=None, min_n=20, bins=3):
     "Every slice of at least `min_n` questions, worst first -> list[Slice]. `by`: fact names (all of them when None); 'skill' and 'task' are facts too."
     preds = list(preds)
@@ -382,7 +383,7 @@ def _slice_p(score, clip, inside):
     gap = score[inside].mean() - score[~inside].mean()
     return float(2 * student.sf(abs(gap) / se, max(G - 1, 1))) if se > 0 else 1. if gap == 0 else min(1., 2. ** (2 - G))
 
-# %% ../nbs/07_evaluation.ipynb #addbd12f
+# %% ../nbs/07_evaluation.ipynb #9f427b09
 def iou(a, b):
     "Intersection over union of spans in seconds: [..., 2] x [..., 2] -> [...], broadcasting. An empty union gives 0."
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -399,7 +400,7 @@ def grounding_metrics(preds, truths, clips=None, thresholds=(.3, .5, .7), strict
     hit = np.greater if strict else np.greater_equal
     return {"miou": mean_score(best, clips)} | {f"r1@{t:g}": mean_score(hit(best, t).astype(float), clips) for t in thresholds}
 
-# %% ../nbs/07_evaluation.ipynb #ab4aa5c6
+# %% ../nbs/07_evaluation.ipynb #8599cdc2
 def ranks(sim, truth=None, ties="pessimistic"):
     "Rank (1 = best) of the right column of every row of `sim` [Q, V] -> float [Q]. truth: column per row (diagonal when None). NaN ranks last."
     sim = np.asarray(sim, np.float64)
@@ -419,7 +420,7 @@ def retrieval_metrics(sim, truth=None, ks=(1, 5, 10), ties="pessimistic", clips=
     scores = {f"r@{k}": mean_score((r <= k).astype(float), clips, n_boot=500) for k in ks}
     return {k: s.value for k, s in scores.items()} | {"mdr": float(np.median(r)), "mnr": float(r.mean()), "n": len(r), "scores": scores}
 
-# %% ../nbs/07_evaluation.ipynb #1b73e433
+# %% ../nbs/07_evaluation.ipynb #6ea27534
 def words(text):
     "Caption -> lower-case words without punctuation; contractions split as in the Penn treebank (it 's, is n't)."
     t = unicodedata.normalize("NFC", str(text)).lower().replace("’", "'")
@@ -431,7 +432,7 @@ def ngrams(tokens, n=4):
     "Counts of all 1..n-grams of a list of words -> Counter of tuples."
     return Counter(tuple(tokens[i:i + k]) for k in range(1, n + 1) for i in range(len(tokens) - k + 1))
 
-# %% ../nbs/07_evaluation.ipynb #98d609f8
+# %% ../nbs/07_evaluation.ipynb #0a70b6dc
 def bleu(preds, refs, n=4):
     "Corpus BLEU-1..n: preds list of token lists, refs list of lists of token lists -> list of n floats. Papineni et al. 2002, closest reference length."
     hit, total, P, R = np.zeros(n), np.zeros(n), 0, 0
@@ -457,7 +458,7 @@ def rouge_l(pred, refs, beta=1.2):
     p, r = max(prec), max(rec)
     return 0. if p == 0 or r == 0 else (1 + beta**2) * p * r / (r + beta**2 * p)
 
-# %% ../nbs/07_evaluation.ipynb #791fb042
+# %% ../nbs/07_evaluation.ipynb #041dd31c
 def cider(preds, refs, n=4, sigma=6.):
     "CIDEr-D of every caption (0..10, the mean is the score): tf-idf n-gram cosines with clipped counts and a Gaussian length penalty. Vedantam et al. 2015. -> [items]"
     df, N = Counter(), len(refs)
@@ -479,7 +480,7 @@ def cider(preds, refs, n=4, sigma=6.):
         out.append(10 * float(np.mean([similar(v, vector(r)) for r in rs], axis=0).mean()))
     return np.array(out)
 
-# %% ../nbs/07_evaluation.ipynb #418a19e9
+# %% ../nbs/07_evaluation.ipynb #72734edb
 def caption_metrics(preds, refs, tokenize=words, clips=None):
     "{'BLEU-1..4','ROUGE-L','CIDEr','scores'}: preds list of str, refs list of lists of str (several wordings each)."
     if len(preds) != len(refs) or not preds: raise EvaluationError(f"{len(preds)} captions for {len(refs)} clips with references")
@@ -490,7 +491,7 @@ def caption_metrics(preds, refs, tokenize=words, clips=None):
     return {f"BLEU-{i + 1}": float(b) for i, b in enumerate(bleu(P, R))} | {"ROUGE-L": float(rl.mean()), "CIDEr": float(c.mean()),
             "scores": {"ROUGE-L": mean_score(rl, clips, n_boot=500), "CIDEr": mean_score(c, clips, n_boot=500)}}
 
-# %% ../nbs/07_evaluation.ipynb #328b9640
+# %% ../nbs/07_evaluation.ipynb #1c1a1a5e
 @dataclass(frozen=True)
 class Item:
     "One question about one clip."
@@ -520,7 +521,7 @@ def score_answer(text, item):
         return (float(iou(found[0], item.span)) if found else 0.), -1
     return float(match_answer(text, item.truth)), -1
 
-# %% ../nbs/07_evaluation.ipynb #492ce890
+# %% ../nbs/07_evaluation.ipynb #5339cd64
 @dataclass(frozen=True)
 class Task:
     "Items plus four functions. Defaults suit question answering and grounding."
@@ -545,7 +546,7 @@ def task_from_samples(samples, name="qa", tasks=("qa",), media=None):
     if not items: raise EvaluationError(f"no samples of task {' or '.join(tasks)} among {len(list(samples))}")
     return Task(name, tuple(items))
 
-# %% ../nbs/07_evaluation.ipynb #742c18b0
+# %% ../nbs/07_evaluation.ipynb #f8fe334a
 def score_caption(text, item):
     "ROUGE-L of a caption against the accepted ones: a score for one clip; sets are judged by `caption_summary`."
     refs = [item.truth] if isinstance(item.truth, str) else list(item.truth)
@@ -559,7 +560,7 @@ def caption_summary(preds, **kw):
 
 def caption_task(task): return replace(task, score=score_caption, aggregate=caption_summary)
 
-# %% ../nbs/07_evaluation.ipynb #557f67b9
+# %% ../nbs/07_evaluation.ipynb #631733e3
 def shuffle_options(item, seed=0):
     "The item with its options in an order that depends on (seed, item id) only."
     if len(item.options) < 2: return item
@@ -580,7 +581,7 @@ def position_bias(preds):
     return {"n": len(rows), "chosen": (chosen / max(chosen.sum(), 1)).tolist(), "right": (right / right.sum()).tolist(), "recall": recall,
             "spread": float(np.std([r for r in recall if r is not None])), "unreadable": float((rows[:, 0] < 0).mean()), "p": float(chi2.sf(stat, max((want > 0).sum() - 1, 1)))}
 
-# %% ../nbs/07_evaluation.ipynb #c9cf93a7
+# %% ../nbs/07_evaluation.ipynb #4880965c
 def contamination(items, train_clips=(), clusters=None, train_texts=()):
     "Which items overlap training -> {'n','clips','clusters','texts','ids'}. clusters: clip -> cluster of `dedup`; train_texts: (question, answer) pairs or strings."
     train_clips, clusters = set(train_clips), clusters or {}
@@ -594,7 +595,7 @@ def contamination(items, train_clips=(), clusters=None, train_texts=()):
     ids = hits["clips"] | hits["clusters"] | hits["texts"]
     return {"checked": bool(train_clips or seen), "n": len(ids)} | {k: len(v) for k, v in hits.items()} | {"ids": sorted(ids)}
 
-# %% ../nbs/07_evaluation.ipynb #ca02ccf3
+# %% ../nbs/07_evaluation.ipynb #1be56941
 def answer_key(media, prompt, plan="", model="", span=()):
     "sha256 over (media hash, plan, prompt, model fingerprint, span): the address of an answer."
     parts = [str(media), plan if isinstance(plan, str) else json.dumps(plan, sort_keys=True, default=str), prompt, str(model), [float(x) for x in span]]
@@ -617,7 +618,7 @@ def _write_json(path, obj):
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str), "utf8"); os.replace(tmp, path)
 
-# %% ../nbs/07_evaluation.ipynb #7390d354
+# %% ../nbs/07_evaluation.ipynb #496a63c5
 def batched(fn):
     "Mark `fn(clips, prompts) -> list[str]` as a batched answer function."
     fn.batched = True
@@ -636,7 +637,7 @@ def _ask(answer, items, prompts, workers=1):
     if workers == 1: return [one(i, p) for i, p in zip(items, prompts)]
     with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, items, prompts))
 
-# %% ../nbs/07_evaluation.ipynb #2f5638ae
+# %% ../nbs/07_evaluation.ipynb #32e45481
 @dataclass
 class Run:
     "A finished run."
@@ -660,7 +661,7 @@ def _media_ids(items):
     seen = {m: content_id(m) for m in sorted({i.media for i in items if i.media}) if Path(m).is_file()}
     return [seen.get(i.media, i.clip) for i in items]
 
-# %% ../nbs/07_evaluation.ipynb #575202bb
+# %% ../nbs/07_evaluation.ipynb #0b4ce050
 def run_task(task, answer, out=None, cfg=EvaluationConfig(), plan="", model="", train=None, meta=None):
     "Ask every item of `task` and score -> Run. `answer(item, prompt)` gets the Item (`.clip`, `.media`, `.span`); `model`: fingerprint; `train`: keywords of `contamination`."
     from tqdm import tqdm
@@ -686,7 +687,7 @@ def run_task(task, answer, out=None, cfg=EvaluationConfig(), plan="", model="", 
     preds = [_predict(task, i, k, have[k]) for i, k in zip(items, keys)]
     return _finish(task, preds, items, prompts, folder, cfg, plan, model, train, meta, len(todo), started)
 
-# %% ../nbs/07_evaluation.ipynb #b5d7764f
+# %% ../nbs/07_evaluation.ipynb #e4e71b36
 def _predict(task, item, key, row):
     "Score one cached answer. The truth and the rule are applied fresh each time: only the model's words are cached."
     score, chosen = (0., -1) if row.get("error") else task.score(row["answer"], item)
@@ -716,7 +717,7 @@ def load_run(folder):
     rows = [json.loads(l) for l in (folder / "predictions.jsonl").read_text("utf8").splitlines()]
     return Run([Prediction(**r | {"options": tuple(r["options"])}) for r in rows], json.loads((folder / "summary.json").read_text("utf8")), folder)
 
-# %% ../nbs/07_evaluation.ipynb #d05ccd57
+# %% ../nbs/07_evaluation.ipynb #f07fe956
 def prior_answer(samples):
     "An answer function that knows no video: the commonest training answer of the skill, or the commonest option position text."
     counts = defaultdict(Counter)
@@ -728,7 +729,7 @@ def prior_answer(samples):
         return c.most_common(1)[0][0] if c else ""
     return answer
 
-# %% ../nbs/07_evaluation.ipynb #6ba9349b
+# %% ../nbs/07_evaluation.ipynb #dc15e29e
 def openai_answer(base_url, model, api_key="none", max_tokens=64, timeout=120., **extra):
     "answer(item, prompt) over an OpenAI-compatible endpoint; temperature 0. Needs the `openai` package. Failures become EvaluationError (counted, not fatal)."
     import base64, mimetypes
@@ -742,4 +743,32 @@ def openai_answer(base_url, model, api_key="none", max_tokens=64, timeout=120., 
         try: r = client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=max_tokens, temperature=0, **extra)
         except (OpenAIError, OSError) as e: raise EvaluationError(f"{base_url} did not answer: {e}") from e
         return r.choices[0].message.content or ""
+    return answer
+
+# %% ../nbs/07_evaluation.ipynb #6ae94b03
+def checkpoint_fingerprint(folder):
+    "sha256 over names and bytes of a checkpoint's files; other strings (hub ids) stand for themselves."
+    folder, h = Path(folder), hashlib.sha256()
+    if not folder.is_dir(): return str(folder)
+    for f in sorted(p for p in folder.rglob("*") if p.is_file()):
+        h.update(str(f.relative_to(folder)).encode()); h.update(f.read_bytes())
+    return h.hexdigest()
+
+def model_answer(model, processor, store=None, blind=False, max_new_tokens=32):
+    "A batched answer function of our model: plan, tokens (through `store`), answers. Items without media are asked without video; `blind` asks all of them so."
+    from video_vlm.data import probe
+    from video_vlm.frames import plan_frames, read_frames_safely
+    from video_vlm.model import answer_batch
+    from video_vlm.store import visual_tokens
+    enc, how = model.encoder, processor.sampling or {"fps": 4., "max_frames": 24}
+    def look(item):
+        if blind or not item.media: return None
+        a, b = item.span if item.span and item.truth != "" else (None, None)     # the part asked about; a grounding truth is no hint
+        plan = plan_frames(probe(item.media), fps=how["fps"], max_frames=how["max_frames"], start=a, end=b, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
+        return visual_tokens(item.media, plan, enc, store, read=read_frames_safely)
+    @batched
+    def answer(items, prompts):
+        seen = {k: look(i) for k, i in {(i.media, i.span): i for i in items}.items()}
+        return answer_batch(model, processor, [(seen[i.media, i.span], p) for i, p in zip(items, prompts)], max_new_tokens=max_new_tokens)
+    answer.plan = {"fps": how["fps"], "max_frames": how["max_frames"], "size": enc.size, "blind": blind, "encoder": enc.fingerprint}
     return answer

@@ -9,7 +9,7 @@ __all__ = ['SLOTS', 'ExperimentError', 'Experiment', 'Assignment', 'Experiments'
            'plot_effects', 'report_html', 'OffPolicy', 'policy_weights', 'ips', 'snips', 'doubly_robust', 'fit_rewards',
            'ece', 'ece_floor', 'Calibrator', 'fit_calibrator', 'calibration_drift']
 
-# %% ../nbs/08a_experiments.ipynb #61fdd07e
+# %% ../nbs/08a_experiments.ipynb #da50a11a
 import html, json, os, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from .data import VideoVLMError
 from .release import page, png, sequence_radius, table, write_text
 from .splits import unit_hash
 
-# %% ../nbs/08a_experiments.ipynb #0c4b71f4
+# %% ../nbs/08a_experiments.ipynb #c7d88e60
 class ExperimentError(VideoVLMError): "An experiment that is set up, logged or analysed in a way that cannot give an answer."
 
-# %% ../nbs/08a_experiments.ipynb #b98c7798
+# %% ../nbs/08a_experiments.ipynb #182200db
 SLOTS = 1000 # Slots of a layer
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Experiment:
     @property
     def control(self): return next(iter(self.variants))
 
-# %% ../nbs/08a_experiments.ipynb #a13716e0
+# %% ../nbs/08a_experiments.ipynb #c5f0cc43
 @dataclass(frozen=True)
 class Assignment:
     "What one key gets in one experiment."
@@ -64,7 +64,7 @@ class Experiments:
             if u < at: break
         return Assignment(name, v, share)
 
-# %% ../nbs/08a_experiments.ipynb #377164b9
+# %% ../nbs/08a_experiments.ipynb #7b52fb10
 def explore(key, best, options, share=0.05, salt="explore"):
     "`(choice, propensity)`: `best` mostly, any of `options` with `share`; deterministic in `key`."
     if best not in options: raise ExperimentError(f"{best!r} is not among the options {list(options)}")
@@ -72,7 +72,7 @@ def explore(key, best, options, share=0.05, salt="explore"):
     choice = options[int(unit_hash(salt, "which", key)*k)] if u < share else best
     return choice, share/k + (1-share)*(choice == best)
 
-# %% ../nbs/08a_experiments.ipynb #e0a47ba4
+# %% ../nbs/08a_experiments.ipynb #f99a9714
 class ExposureLog:
     "Append-only JSON lines of first exposures."
     def __init__(self, path): self.path, self.seen = Path(path), set(); self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def read_lines(path):
         except ValueError: continue
     return out
 
-# %% ../nbs/08a_experiments.ipynb #2af56245
+# %% ../nbs/08a_experiments.ipynb #7726e300
 def first_exposures(rows, experiment):
     "`({key: first row}, keys seen in more than one variant)`; the second are left out of the first and counted."
     first, variants = {}, {}
@@ -103,7 +103,7 @@ def first_exposures(rows, experiment):
     mixed = {k for k, v in variants.items() if len(v) > 1}
     return {k: r for k, r in first.items() if k not in mixed}, mixed
 
-# %% ../nbs/08a_experiments.ipynb #8a19a80c
+# %% ../nbs/08a_experiments.ipynb #cd7efb73
 def units(exposures, outcomes, experiment, fields, window_s=14*86400.):
     "Arrays over exposed keys: variant, tenant, propensity, and sums of `fields` of the outcomes in `window_s` after exposure."
     first, mixed = first_exposures(exposures, experiment)
@@ -114,7 +114,7 @@ def units(exposures, outcomes, experiment, fields, window_s=14*86400.):
     out = {f: np.array([sums[k][f] for k in first]) for f in fields}
     return dict(out, **{f: np.array([first[k][f] for k in first]) for f in ("variant", "tenant", "propensity")}, key=np.array(list(first)), mixed=len(mixed))
 
-# %% ../nbs/08a_experiments.ipynb #23ad6d6c
+# %% ../nbs/08a_experiments.ipynb #a77a6f51
 def srm(counts, shares)->float:
     "p-value of a sample ratio mismatch: observed `counts` against planned `shares` (dicts or sequences). scipy's chi-square."
     from scipy.stats import chisquare
@@ -122,7 +122,7 @@ def srm(counts, shares)->float:
     counts = np.asarray(counts, float)
     return float(chisquare(counts, counts.sum()*np.asarray(shares)).pvalue) if counts.sum() else 1.
 
-# %% ../nbs/08a_experiments.ipynb #9d0ac8a5
+# %% ../nbs/08a_experiments.ipynb #902de9dc
 def linearise(num, den, arm):
     "One value a unit whose mean is sum(num)/sum(den) in each arm and whose variance is the delta method's."
     num, den, out = np.asarray(num, float), np.asarray(den, float), np.empty(len(num))
@@ -141,7 +141,7 @@ def cuped(y, x, arm):
     out = y - (yr*xr).mean()/vx*(x-x.mean())
     return out, float((res(out)**2).mean()/(yr**2).mean())
 
-# %% ../nbs/08a_experiments.ipynb #904e0718
+# %% ../nbs/08a_experiments.ipynb #d6ff87a5
 def welch(y, arm):
     "`(diff, se, df, p)` of arm 1 minus arm 0 with unequal variances; statsmodels."
     from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
@@ -158,7 +158,7 @@ def clustered(y, arm, cluster, min_clusters=10):
     fit = sm.OLS(y, np.c_[np.ones(len(y)), arm]).fit(cov_type="cluster", cov_kwds={"groups": g}, use_t=True)
     return float(fit.params[1]), float(fit.bse[1]), float(G-1), float(fit.pvalues[1])
 
-# %% ../nbs/08a_experiments.ipynb #fb08a07f
+# %% ../nbs/08a_experiments.ipynb #4745beeb
 def simulate_coverage(kind="mean", n=400, reps=300, seed=0):
     "Share of `reps` made-up experiments whose 95% interval holds the true difference; kind: mean, ratio, cuped or clustered."
     from scipy.stats import t as student
@@ -175,7 +175,7 @@ def simulate_coverage(kind="mean", n=400, reps=300, seed=0):
         hit += abs(d-true) <= student.ppf(.975, df)*se
     return float(hit/reps)
 
-# %% ../nbs/08a_experiments.ipynb #2ac0ff82
+# %% ../nbs/08a_experiments.ipynb #078be901
 def always_valid(diff, se, n, planned, alpha=0.05):
     "`(lo, hi, significant)` that hold at every look; `n` units so far, tightest at `planned` units."
     r = sequence_radius(se, alpha, se*np.sqrt(n/planned))
@@ -190,7 +190,7 @@ def simulate_looks(reps=1000, days=28, per_day=100, effect=0., seed=0):
     d, se = mean[1]-mean[0]+effect, np.sqrt(var.sum(0)/n)
     return float(always_valid(d, se, 2*n, per_day*days)[2].any(1).mean()), float((np.abs(d) > 1.96*se).any(1).mean())
 
-# %% ../nbs/08a_experiments.ipynb #4da93978
+# %% ../nbs/08a_experiments.ipynb #e0e9b875
 @dataclass(frozen=True)
 class Metric:
     "What is measured for each unit; fields are keys of the data dict."
@@ -227,7 +227,7 @@ class Effect:
     guardrail:bool
     verdict:str # better, worse, unclear; ok or violated for guardrails
 
-# %% ../nbs/08a_experiments.ipynb #adc2a06d
+# %% ../nbs/08a_experiments.ipynb #87ce4490
 def _effect(data, arm, metric, variant, cfg):
     "The effect of one variant on one metric, before correction."
     from scipy.stats import t as student
@@ -249,7 +249,7 @@ def _judge(e, metric, cfg):
     sure = (e.lo > 0 or e.hi < 0) and (cfg.planned or e.p_adjusted < cfg.alpha)
     return replace(e, verdict="unclear" if not sure else "better" if s*e.diff > 0 else "worse")
 
-# %% ../nbs/08a_experiments.ipynb #15616134
+# %% ../nbs/08a_experiments.ipynb #1c1e5125
 @dataclass(frozen=True)
 class Analysis:
     "All effects of an experiment, or why there are none."
@@ -282,7 +282,7 @@ def analyse(exp, data, metrics, cfg=AnalysisConfig())->Analysis:
     for k, q in zip(goals, multipletests([out[k][0].p for k in goals], method="holm")[1] if goals else []): out[k] = (replace(out[k][0], p_adjusted=float(q)), out[k][1])
     return Analysis(exp.name, counts, p, "", tuple(_judge(e, m, cfg) for e, m in out), cfg)
 
-# %% ../nbs/08a_experiments.ipynb #48d70587
+# %% ../nbs/08a_experiments.ipynb #edafda10
 def plot_effects(analysis, ax=None):
     "Effects with their intervals, as a share of the control mean. Returns the axes."
     import matplotlib.pyplot as plt
@@ -294,7 +294,7 @@ def plot_effects(analysis, ax=None):
     ax.set_yticks(range(len(analysis.effects)), [f"{e.metric} ({e.variant})" for e in reversed(analysis.effects)])
     ax.axvline(0, color="k", lw=.6); ax.set_xlabel("difference to control, share of its mean"); ax.set_title(analysis.experiment); return ax
 
-# %% ../nbs/08a_experiments.ipynb #fb354f42
+# %% ../nbs/08a_experiments.ipynb #9b55ae4a
 def report_html(analysis, path=None)->str:
     "A self-contained HTML page of an analysis; written to `path` if given."
     cols = ("metric","variant","n_control","n","control","treated","diff","lo","hi","p","p_adjusted","variance_ratio","verdict")
@@ -304,7 +304,7 @@ def report_html(analysis, path=None)->str:
     if path: write_text(path, out)
     return out
 
-# %% ../nbs/08a_experiments.ipynb #5e0a8985
+# %% ../nbs/08a_experiments.ipynb #7e780e41
 @dataclass(frozen=True)
 class OffPolicy:
     "An estimate of the mean reward of a policy from another one's log."
@@ -326,7 +326,7 @@ def policy_weights(target, logged, clip=20., min_ess=100, min_share=0.01, min_ma
     if w.mean() < min_mass: raise ExperimentError(f"weights average {w.mean():.2f}, not 1: the log holds only that share of what the new policy does; run an A/B test")
     return w, float(ess), float((raw > clip).mean())
 
-# %% ../nbs/08a_experiments.ipynb #8763c000
+# %% ../nbs/08a_experiments.ipynb #b6b61749
 def _interval(v, method, ess, clipped, value=None):
     "Mean of `v` with its normal 95% interval."
     m, se = v.mean(), v.std(ddof=1)/np.sqrt(len(v)); m = m if value is None else value
@@ -347,7 +347,7 @@ def doubly_robust(reward, target, logged, q_logged, q_target, clip=20., **kw)->O
     w, ess, c = policy_weights(target, logged, clip, **kw)
     return _interval(np.asarray(q_target)+w*(np.asarray(reward, float)-np.asarray(q_logged)), "dr", ess, c)
 
-# %% ../nbs/08a_experiments.ipynb #4a9f1683
+# %% ../nbs/08a_experiments.ipynb #e44d7e9a
 def fit_rewards(x, action, reward, policy, folds=5, seed=0):
     "`(q_logged, q_target)` of a ridge reward model an action, cross-fitted so that no row predicts itself; `policy` is [n, actions]."
     from sklearn.linear_model import Ridge
@@ -359,7 +359,7 @@ def fit_rewards(x, action, reward, policy, folds=5, seed=0):
             q[fold == f, a] = Ridge().fit(x[i], reward[i]).predict(x[fold == f]) if i.sum() > x.shape[1] else reward[fold != f].mean()
     return q[np.arange(len(x)), action], (q*policy).sum(1)
 
-# %% ../nbs/08a_experiments.ipynb #688eb67e
+# %% ../nbs/08a_experiments.ipynb #40263eaf
 def ece(conf, correct, bins=15)->float:
     "Expected calibration error over equal-count bins. Naeini et al. (2015)."
     c, y = np.asarray(conf, float), np.asarray(correct, float); o = np.argsort(c, kind="stable")
@@ -383,7 +383,7 @@ class Calibrator:
 
 def _logit(c): c = np.clip(c, 1e-6, 1-1e-6); return np.log(c/(1-c))
 
-# %% ../nbs/08a_experiments.ipynb #a333ffa9
+# %% ../nbs/08a_experiments.ipynb #b8a14a2a
 def fit_calibrator(conf, correct, method="auto")->Calibrator:
     "Fit on a held-out window; `auto` takes isotonic from 1,000 cases on. scikit-learn."
     from sklearn.isotonic import IsotonicRegression
@@ -396,7 +396,7 @@ def fit_calibrator(conf, correct, method="auto")->Calibrator:
     m = LogisticRegression(C=1e6).fit(_logit(c)[:, None], y)
     return Calibrator("platt", (float(m.coef_[0, 0]), float(m.intercept_[0])))
 
-# %% ../nbs/08a_experiments.ipynb #53efa164
+# %% ../nbs/08a_experiments.ipynb #28ecd3e8
 def calibration_drift(conf, correct, bins=10, alpha=0.01, windows=365)->dict:
     "`{alarm, p, gap, ece, n}` of one window; alarmed when misfit is beyond what `windows` looks explain by chance."
     from scipy.stats import chi2

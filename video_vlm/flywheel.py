@@ -11,10 +11,10 @@ __all__ = ['PII', 'LABEL_CONFIG', 'CONTENT', 'OWN', 'PERSON', 'DROP', 'ROWS', 'D
            'Neighbours', 'demo_traffic', 'demo_predictions', 'demo_people', 'demo_canary', 'demo_release',
            'flywheel_demo', 'label', 'ErasureError', 'Subject', 'Tombstones', 'mentions', 'pseudonym', 'prune',
            'Eraser', 'prune_rows', 'prune_doc', 'bytes_mention', 'folder_eraser', 'tokens_eraser', 'sources_eraser',
-           'registry_eraser', 'book_eraser', 'Lineage', 'stage_links', 'learnt_from', 'Erasure', 'house_stores',
-           'erase']
+           'registry_eraser', 'book_eraser', 'lance_eraser', 'Lineage', 'stage_links', 'learnt_from', 'Erasure',
+           'house_stores', 'erase']
 
-# %% ../nbs/08b_flywheel.ipynb #3cb39949
+# %% ../nbs/08b_flywheel.ipynb #fcec87fb
 import contextlib, hashlib, json, os, re, shutil, sqlite3
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +31,7 @@ from .experiments import read_lines
 from .release import CanaryConfig, Registry, gate, guards_by, route, run_canary, tiny_predictions
 from .splits import SplitConfig, audit, load_splits, split, unit_hash
 
-# %% ../nbs/08b_flywheel.ipynb #058e80c0
+# %% ../nbs/08b_flywheel.ipynb #85762c1d
 class FlywheelError(VideoVLMError): "Logs, labels or cases that the loop cannot use; the text says which."
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FlywheelConfig:
         if not 0 <= self.explore <= 1 or not 0 <= self.diversity <= 1: raise FlywheelError("explore and diversity are shares between 0 and 1")
         if self.budget < 1: raise FlywheelError(f"a budget of {self.budget} cases mines nothing")
 
-# %% ../nbs/08b_flywheel.ipynb #a5125f8e
+# %% ../nbs/08b_flywheel.ipynb #d8b67a80
 PII = ((re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+"), "[email]"), (re.compile(r"\b(?:\d[ -]?){13,19}\b"), "[card]"), (re.compile(r"(?<!\w)\+?\d(?:[ ()./-]?\d){8,14}(?!\w)"), "[phone]"))
 
 def scrub(text)->str:
@@ -60,7 +60,7 @@ def usable(rows, tombstones=None, scrub=scrub)->list:
     ok = (r for r in rows if r.get("consent") and not (tombstones and tombstones.covers(r.get("video"), r.get("person"), r.get("tenant"))))
     return [{k: scrub(v) if k in ("question", "answer", "edit", "shadow") and isinstance(v, str) else v for k, v in r.items()} for r in ok]
 
-# %% ../nbs/08b_flywheel.ipynb #a6440a3a
+# %% ../nbs/08b_flywheel.ipynb #a48a4b68
 def condition_gap(rows, train_share)->dict:
     "Condition -> how much rarer it was in training than it is in these rows: 0 (not rarer) to 1 (never seen)."
     n = Counter(r.get("condition", "") for r in rows)
@@ -80,7 +80,7 @@ def signals(row, gap=0., far=0.)->dict:
     return dict(feedback=float((row.get("feedback") or 0) < 0), edit=float(bool(row.get("edit"))), retry=float(bool(row.get("retry"))), shadow=float(differs),
                 doubt=float(np.clip(1-(row.get("confidence") if row.get("confidence") is not None else 1.), 0, 1)), condition=float(gap), far=float(far))
 
-# %% ../nbs/08b_flywheel.ipynb #e7f62cb2
+# %% ../nbs/08b_flywheel.ipynb #ac284ce7
 @dataclass(frozen=True)
 class Case:
     "One mined row."
@@ -120,7 +120,7 @@ def lift(cases, rows, is_it)->float:
     base = np.mean([bool(is_it(r)) for r in rows])
     return float(np.mean([bool(is_it(c.row)) for c in cases])/base) if base else 0.
 
-# %% ../nbs/08b_flywheel.ipynb #5d340d89
+# %% ../nbs/08b_flywheel.ipynb #d31cefc5
 def auto_label(cases, answer, votes=3)->list:
     "`[dict(case, label, agreement)]`: the commonest of several answers; an edit by the user counts as the label with full agreement."
     out = []
@@ -135,7 +135,7 @@ def pairs_from_edits(rows)->list:
     return [dict(video=r["video"], question=r["question"], chosen=r["edit"], rejected=r["answer"], source=r.get("id", ""))
             for r in rows if r.get("edit") and r["edit"].strip() != str(r["answer"]).strip()]
 
-# %% ../nbs/08b_flywheel.ipynb #2d524070
+# %% ../nbs/08b_flywheel.ipynb #10dfd22a
 LABEL_CONFIG = """<View>
   <Text name="question" value="$question"/>
   <Video name="video" value="$video" frameRate="$framerate" timelineHeight="60"/>
@@ -160,7 +160,7 @@ def to_label_studio(labelled, url=lambda row: row["video"], rate=lambda row: row
                         predictions=[dict(model_version=l["by"], score=l["agreement"], result=_result(l["label"], r.get("spans") or [], f))]))
     return out
 
-# %% ../nbs/08b_flywheel.ipynb #39561360
+# %% ../nbs/08b_flywheel.ipynb #e79d16b7
 def from_label_studio(tasks)->list:
     "Labels of an export: `[dict(id, clip, question, annotator, answer, spans, seconds_spent)]`; cancelled ones are left out."
     out = []
@@ -179,7 +179,7 @@ def annotate(task, annotator, answer, spans=())->dict:
     a = dict(completed_by=annotator, lead_time=5., was_cancelled=False, result=_result(answer, spans, task["data"]["rate"]))
     return {**task, "annotations": [*task.get("annotations", []), a]}
 
-# %% ../nbs/08b_flywheel.ipynb #c8a9af63
+# %% ../nbs/08b_flywheel.ipynb #783467f0
 def with_gold(tasks, gold, share=0.1, seed=0):
     "`(tasks, {id: answer})`: gold tasks mixed in at random places; which they are is not in the tasks."
     rng = np.random.default_rng(seed); n = min(len(gold), int(np.ceil(len(tasks)*share)))
@@ -208,7 +208,7 @@ def agreement(labels)->float:
     expected = sum(k*(n-k) for k in total.values())/(n*(n-1))
     return 1-observed/expected if expected else 1.
 
-# %% ../nbs/08b_flywheel.ipynb #78398ee3
+# %% ../nbs/08b_flywheel.ipynb #628298e2
 def settle(labels, quality=None, gold=(), least=0.7, votes=2)->tuple:
     "`(verified, again)`: answers with at least `least` of the weight and `votes` people (weight: log-odds of being right on gold); ids that go back."
     weight = lambda a: np.log((q := float(np.clip((quality or {}).get(a, (.8,))[0], .51, .99)))/(1-q))
@@ -223,7 +223,7 @@ def settle(labels, quality=None, gold=(), least=0.7, votes=2)->tuple:
         else: again.append(i)
     return good, again
 
-# %% ../nbs/08b_flywheel.ipynb #07bc5b1a
+# %% ../nbs/08b_flywheel.ipynb #b141b8c9
 def to_samples(verified, videos)->list:
     "Samples of verified labels; `videos` maps the log's clip name to a file."
     out = []
@@ -245,7 +245,7 @@ def _gather(out, files, samples):
     save_samples([replace(s, messages=[{**m, "content": [rename(p) for p in m["content"]]} for m in s.messages]) for s in samples], out/"source/annotations.jsonl")
     return names
 
-# %% ../nbs/08b_flywheel.ipynb #21a181c1
+# %% ../nbs/08b_flywheel.ipynb #99baddf5
 def next_dataset(out, samples, previous=None, lineage=None, dedup_cfg=DedupConfig(), split_cfg=SplitConfig())->dict:
     "Build a data set version in `out` from `samples` (with file paths as videos) and all of the `previous` version's folder; returns its card."
     out, old = Path(out), []
@@ -271,7 +271,7 @@ def load_annotations(source):
     names = {"id", "messages", "source", "task", "created_at", "meta"}
     return [Sample(**{k: v for k, v in r.items() if k in names}) for r in read_lines(Path(source)/"annotations.jsonl")]
 
-# %% ../nbs/08b_flywheel.ipynb #08097706
+# %% ../nbs/08b_flywheel.ipynb #e625e8d3
 def token_hash(tokens)->str:
     "sha256 over shape and float16 bytes of visual tokens."
     a = np.ascontiguousarray(tokens, np.float16); return hashlib.sha256(str(a.shape).encode()+a.tobytes()).hexdigest()
@@ -287,7 +287,7 @@ def check_parity(rows, recompute)->list:
         if h != r["token_hash"]: out.append(dict(row=r, logged=r["token_hash"], offline=h))
     return out
 
-# %% ../nbs/08b_flywheel.ipynb #ec0dbb71
+# %% ../nbs/08b_flywheel.ipynb #7b2e38f2
 CONTENT = ("question", "answer", "person", "video", "edit", "shadow", "spans", "key") # Fields that a row without consent does not keep
 
 class RequestLog:
@@ -314,7 +314,7 @@ class RequestLog:
             if f["edit"] and r["consent"]: r["edit"] = f["edit"]
         return list(rows.values())
 
-# %% ../nbs/08b_flywheel.ipynb #8f8ff0cb
+# %% ../nbs/08b_flywheel.ipynb #8dd68913
 @dataclass(frozen=True)
 class Seen:
     "A clip of the demo: what a model sees of it, and the truth."
@@ -342,7 +342,7 @@ class Neighbours:
     def save(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True); np.savez(Path(folder)/"model.npz", x=self.x, y=self.y); return folder
 
-# %% ../nbs/08b_flywheel.ipynb #7c15e2a7
+# %% ../nbs/08b_flywheel.ipynb #7f09cf00
 def demo_traffic(n, model, seed, dark_share=0.04, start=100_000)->list:
     "Log rows of `n` requests answered by `model`: thumbs down from a third of the disappointed, a shadow model that is right 9 times in 10."
     rng, rows = np.random.default_rng(seed), []
@@ -366,7 +366,7 @@ def demo_people(cases, seed)->tuple:
     labels = from_label_studio(json.loads(json.dumps(queue))); quality = annotator_quality(labels, key)
     return settle(labels, quality, key)[0], quality
 
-# %% ../nbs/08b_flywheel.ipynb #7658bb78
+# %% ../nbs/08b_flywheel.ipynb #e10b98dc
 def demo_canary(reg, version, bad=0., seed=0, intervals=12, per=3000)->list:
     "Simulated intervals of traffic on a canary with `bad` extra errors, judged until it is live or gone: `[(percent, action)]`."
     rng, records, out = np.random.default_rng(seed), [], []
@@ -389,7 +389,7 @@ def demo_release(reg, model, folder, name, held_out, live, train, parent=None, b
     reg.promote(v, who="flywheel", why="gate passed")
     return dict(version=v, blocked=False, canary=demo_canary(reg, v, bad, seed), live=reg.state()["live"] == v, slices={r.name: r.diff for r in decision.slices})
 
-# %% ../nbs/08b_flywheel.ipynb #fc5a2ebe
+# %% ../nbs/08b_flywheel.ipynb #4b2adf27
 def flywheel_demo(out, seed=0, n_train=400, n_traffic=1500, n_test=250, budget=120)->dict:
     "One turn of the loop on `world` scenes in `out`; returns (and saves) the report: lift, gain, gate, canary, planted faults."
     out, base = Path(out), 10**6*(seed+1); out.mkdir(parents=True, exist_ok=True)
@@ -410,7 +410,7 @@ def flywheel_demo(out, seed=0, n_train=400, n_traffic=1500, n_test=250, budget=1
     with atomic_write(out/"report.json") as f: json.dump(report, f, indent=1, default=str)
     return report
 
-# %% ../nbs/08b_flywheel.ipynb #8c8933fb
+# %% ../nbs/08b_flywheel.ipynb #0cbe8e5f
 def label(kind, name)->str:
     "The hash under which a name is kept; the token store labels its tenants and contents the same way."
     return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()
@@ -429,7 +429,7 @@ class Subject:
         if not self.hash: object.__setattr__(self, "hash", label(self.kind, self.id))
     def is_it(self, value): return value is not None and label(self.kind, str(value)) == self.hash
 
-# %% ../nbs/08b_flywheel.ipynb #a0dc8481
+# %% ../nbs/08b_flywheel.ipynb #207755c0
 class Tombstones:
     "The append-only list of what is erased; shared by all processes that read data."
     def __init__(self, path): self.path, self._stamp, self._rows = Path(path), None, []
@@ -457,7 +457,7 @@ class Tombstones:
         if not self.rows(): return False
         return video in self._videos or any(v is not None and label(k, str(v)) in self._hashes for k, v in (("video", video), ("person", person), ("tenant", tenant)))
 
-# %% ../nbs/08b_flywheel.ipynb #0c2a166d
+# %% ../nbs/08b_flywheel.ipynb #3a85449e
 OWN = ("id", "clip", "video", "videos", "content", "content_id", "uri", "path", "media", "messages", "data", "a", "b", "key") # Fields that say what a row is about
 PERSON = dict(person=("person", "creator", "user", "key", "by", "annotator", "completed_by"), tenant=("tenant",), video=()) # Fields that name a person or tenant
 DROP = object()
@@ -481,7 +481,7 @@ def prune(value, subject, ids):
     if any(subject.is_it(value.get(f)) for f in PERSON[subject.kind]) or any(mentions(value[f], ids) for f in OWN if f in value): return DROP
     return {k: p for k, v in value.items() if not mentions(k, ids) and (p := prune(v, subject, ids)) is not DROP}
 
-# %% ../nbs/08b_flywheel.ipynb #220e56db
+# %% ../nbs/08b_flywheel.ipynb #aca6ee8f
 @dataclass(frozen=True)
 class Eraser:
     "What erasure needs from a store."
@@ -507,7 +507,7 @@ def _rows_of(path):
         with atomic_write(path, "wb") as f: pq.write_table(pa.Table.from_pylist([rows[i] if r is None else r for i, r in keep], schema=t.schema), f)
     return t.to_pylist(), write
 
-# %% ../nbs/08b_flywheel.ipynb #aaca8d85
+# %% ../nbs/08b_flywheel.ipynb #a361914d
 def prune_rows(path, subject, ids, delete=False)->int:
     "Rows of a .jsonl or .parquet file that the subject owns or that mention `ids`; with `delete` they are removed or rewritten."
     rows, write = _rows_of(Path(path)); keep, n = [], 0
@@ -540,7 +540,7 @@ def bytes_mention(path, ids, block=1<<22)->bool:
             tail = b[-256:]
     return False
 
-# %% ../nbs/08b_flywheel.ipynb #ba9dc242
+# %% ../nbs/08b_flywheel.ipynb #e235e1fd
 ROWS, DOCS, SKIP = (".jsonl", ".parquet"), (".json",), (".db", ".db-wal", ".db-shm", ".sqlite", ".lock", ".lance", ".idx")
 
 def folder_eraser(folder, name="", skip=())->Eraser:
@@ -576,7 +576,7 @@ def _owned(files, subject):
             if named: (mine if any(subject.is_it(v) for v in named) else others).update(ids)
     return mine-others
 
-# %% ../nbs/08b_flywheel.ipynb #0a6f47c5
+# %% ../nbs/08b_flywheel.ipynb #a4326f8d
 def tokens_eraser(store, name="tokens")->Eraser:
     "A `TokenStore`: entries are found by their headers, not by its index."
     from video_vlm.store import read_header
@@ -603,7 +603,7 @@ def sources_eraser(stages, name="source files", roots=None)->Eraser:
         for u in found: Path(u).unlink(missing_ok=True)
     return Eraser(name, find, delete)
 
-# %% ../nbs/08b_flywheel.ipynb #49db6928
+# %% ../nbs/08b_flywheel.ipynb #8165651e
 def registry_eraser(reg, name="registry notes")->Eraser:
     "Notes, reasons and reports of a release `Registry`."
     texts = lambda subject, ids: [*ids, *([subject.id] if subject.id and len(subject.id) > 2 else [])]
@@ -639,7 +639,30 @@ def book_eraser(path, media=None, name="gateway book")->Eraser:
         return {c for t, c in all_ if subject.is_it(t)} - {c for t, c in all_ if not subject.is_it(t)}
     return Eraser(name, find, delete, owns)
 
-# %% ../nbs/08b_flywheel.ipynb #8f8ef88a
+# %% ../nbs/08b_flywheel.ipynb #16b2dc41
+def lance_eraser(folder, name="search index")->Eraser:
+    "All LanceDB tables of a folder (rows with `clip`, `id` or `tenant`), down to the bytes on disk."
+    def tables():
+        import lancedb
+        db = lancedb.connect(str(folder)); names = db.list_tables()
+        return db, [db.open_table(n) for n in getattr(names, "tables", names)]
+    def mine(t, subject, ids):
+        cols = [c for c in ("id", "clip", "tenant") if c in t.schema.names]
+        return [r for r in t.to_arrow().select(cols).to_pylist() if mentions([r.get("id"), r.get("clip")], ids) or (subject.kind == "tenant" and subject.is_it(r.get("tenant")))]
+    def bytes_left(t, ids): return any(bytes_mention(p, ids) for p in (Path(folder)/f"{t.name}.lance").rglob("*") if p.is_file())
+    def find(subject, ids): return [f"{t.name}: {n} rows" for t in tables()[1] if (n := len(mine(t, subject, ids)))]+[f"{t.name}: bytes" for t in tables()[1] if ids and bytes_left(t, ids)]
+    def delete(subject, ids, found):
+        db, ts = tables(); quote = lambda v: "'"+str(v).replace("'", "''")+"'"
+        for t in ts:
+            for i in {r["id"] for r in mine(t, subject, ids)}: t.delete(f"id = {quote(i)}")
+            t.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+            if ids and bytes_left(t, ids):
+                words = any("text" in i.columns for i in t.list_indices()); t = db.create_table(t.name, t.to_arrow(), mode="overwrite")
+                if words: from lancedb.index import FTS; t.create_index("text", config=FTS())
+                t.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+    return Eraser(name, find, delete)
+
+# %% ../nbs/08b_flywheel.ipynb #5e553c08
 class Lineage:
     "Who was made from whom: JSON lines of id, parents, kind, and whether the child goes with a parent or is made again."
     def __init__(self, path): self.path = Path(path); self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -662,7 +685,7 @@ class Lineage:
         goes = reach(roots, lambda x: x in roots or not again.get(x, False))
         return goes, reach({k for x in goes for k in kids.get(x, ())}, lambda x: True)-goes
 
-# %% ../nbs/08b_flywheel.ipynb #12d6bf7c
+# %% ../nbs/08b_flywheel.ipynb #50a42702
 def stage_links(runs)->dict:
     "Folder -> stage folders made from it, from the manifests that stages write by themselves below `runs`."
     kids = defaultdict(set)
@@ -683,7 +706,7 @@ def learnt_from(runs, subject, ids)->set:
     learnt = lambda d: any(p.suffix in (".safetensors", ".html", ".pt") or p.name in ("report.json", "metrics.json", "adapter_config.json") for p in Path(d).rglob("*"))
     return {d for d in seen-first if Path(d).is_dir() and learnt(d)}
 
-# %% ../nbs/08b_flywheel.ipynb #49a4cdc0
+# %% ../nbs/08b_flywheel.ipynb #d3281cc0
 class Erasure:
     "Erase subjects from all registered stores; `folder` keeps tombstones, plans and certificates."
     def __init__(self, folder, stores, lineage=None, days=30, derived=lambda subject, ids: set()):
@@ -711,7 +734,7 @@ class Erasure:
         if self.lineage and self.lineage.path.exists(): prune_rows(self.lineage.path, subject, ids, delete=True)
         return self._certify(subject, ids, listed, removed, who, why)
 
-# %% ../nbs/08b_flywheel.ipynb #e4ed71fd
+# %% ../nbs/08b_flywheel.ipynb #4111519b
 @patch
 def _certify(self:Erasure, subject, ids, listed, removed, who, why):
     "Scan everything again and write down what was done; the certificate of a killed run is completed, not replaced."
@@ -726,7 +749,7 @@ def _certify(self:Erasure, subject, ids, listed, removed, who, why):
     if left: raise ErasureError(f"after deletion something is still found in {', '.join(left)}; run the command again, then look at {f}")
     return doc
 
-# %% ../nbs/08b_flywheel.ipynb #92acf219
+# %% ../nbs/08b_flywheel.ipynb #622520bd
 @patch
 def verify(self:Erasure, subject)->dict:
     "Scan all stores once more: `{store: what is left}`; empty means clean."
@@ -758,18 +781,19 @@ def regenerated(self:Erasure, artefact)->int:
             with atomic_write(f) as h: json.dump(doc, h, indent=1)
     return n
 
-# %% ../nbs/08b_flywheel.ipynb #a520db8b
+# %% ../nbs/08b_flywheel.ipynb #e901b7b5
 def house_stores(runs="runs", serve=None, registry=None, extra=())->list:
     "Erasers of all stores below `runs` (or at the given places), source files first and manifests last."
     from video_vlm.store import TokenStore
     runs = Path(runs); serve, registry = Path(serve or runs/"serve"), Path(registry or runs/"registry")
     stages = [p.parent for p in runs.rglob("clips-*.parquet")]
     tokens = sorted({p.parent for p in [*runs.rglob("entries"), *serve.rglob("entries")] if (p.parent/"erased").is_dir()})
+    indexes = sorted({p.parent for p in runs.rglob("*.lance") if p.is_dir()})
     books = sorted({p for p in [*serve.glob("*.db"), *serve.glob("*.sqlite")]})
     out = [sources_eraser(sorted(set(stages)))] + [tokens_eraser(TokenStore(t), f"tokens {t}") for t in tokens]
-    out += [book_eraser(b, serve/"media", f"gateway book {b}") for b in books] + list(extra)
+    out += [book_eraser(b, serve/"media", f"gateway book {b}") for b in books] + [lance_eraser(i, f"search index {i}") for i in indexes] + list(extra)
     if (registry/"registry.db").exists(): out.append(registry_eraser(Registry(registry)))
-    own = [*tokens, serve/"media", registry, runs/"erasure"]
+    own = [*tokens, *indexes, serve/"media", registry, runs/"erasure"]
     if serve.exists() and not serve.resolve().is_relative_to(runs.resolve()): out.append(folder_eraser(serve, f"files of {serve}", own))
     return [*out, folder_eraser(runs, f"files of {runs}", own)]
 

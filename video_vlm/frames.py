@@ -7,9 +7,10 @@ __all__ = ['POLICIES', 'EIGHT_BIT', 'BACKENDS', 'FramePlan', 'plan_frames', 'sho
            'read_decord', 'Frames', 'read_frames', 'read_frames_safely', 'show_frames', 'oracle', 'exactness',
            'small_frames', 'detect_shots', 'show_shots']
 
-# %% ../nbs/02_frames.ipynb #b6a9fbe1
+# %% ../nbs/02_frames.ipynb #1bd3ec13
 import os
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from threading import Lock
@@ -19,7 +20,7 @@ import numpy as np
 
 from .data import Limits, MediaError, VideoVLMError, best_video, isolated, media_errors, timeline, _quiet
 
-# %% ../nbs/02_frames.ipynb #d6b6a510
+# %% ../nbs/02_frames.ipynb #9fa871bc
 @dataclass(frozen=True)
 class FramePlan:
     "When to look, and what the encoder takes."
@@ -46,7 +47,7 @@ class FramePlan:
         t = [self.times[i] for i in range(0, self.n_frames, self.group)]
         return tuple(zip(t, t[1:] + [max(self.end, t[-1])]))
 
-# %% ../nbs/02_frames.ipynb #37792c9a
+# %% ../nbs/02_frames.ipynb #4c42f50c
 def _even(start, end, n):
     "n times from `start`, evenly, the first at `start`."
     return start + np.arange(n)*(end-start)/n
@@ -63,7 +64,7 @@ def _keyframe_times(p, start, end, fps, cap, **_):
     if not len(k): k = np.asarray([max((t for t in p.keyframes if t <= start), default=start)])
     return k[np.unique(np.linspace(0, len(k)-1, min(cap, len(k))).round().astype(int))]
 
-# %% ../nbs/02_frames.ipynb #e6981c80
+# %% ../nbs/02_frames.ipynb #98974905
 def _shot_times(p, start, end, fps, cap, shots=None, **_):
     "A frame in the middle of each shot; what is left of the cap goes to long shots."
     shots = [(max(a, start), min(b, end)) for a, b in shots or [(start, end)] if b > start and a < end] or [(start, end)]
@@ -82,7 +83,7 @@ def _focus_times(p, start, end, fps, cap, coarse=.25, **_):
 
 POLICIES = dict(fps=_fps_times, uniform=_uniform_times, keyframes=_keyframe_times, shots=_shot_times, focus=_focus_times)
 
-# %% ../nbs/02_frames.ipynb #f141e50c
+# %% ../nbs/02_frames.ipynb #d1b81d20
 def plan_frames(
     clip, # A `Clip` or `Probe`: anything with duration, n_frames and keyframes
     fps:float=4., # Wished frames a second
@@ -103,14 +104,14 @@ def plan_frames(
     span = (0., whole) if policy == "focus" else (a, b)
     return FramePlan(tuple(t.tolist()), *span, policy, size, group, tokens_per_group)
 
-# %% ../nbs/02_frames.ipynb #27068042
+# %% ../nbs/02_frames.ipynb #eb274361
 def shown_at(seconds:np.ndarray, times) -> np.ndarray:
     "Index of the frame on screen at each time; before the first frame the first, after the last the last."
     seconds, times = np.asarray(seconds, float), np.atleast_1d(np.asarray(times, float))
     gap = np.diff(seconds).min() if len(seconds) > 1 else 1.
     return np.clip(np.searchsorted(seconds, times + min(1e-3, gap/4), side="right") - 1, 0, len(seconds)-1)
 
-# %% ../nbs/02_frames.ipynb #aa68bf10
+# %% ../nbs/02_frames.ipynb #52fbe520
 _lines, _lines_lock = OrderedDict(), Lock()
 
 def cached_timeline(path, limits:Limits=Limits()):
@@ -127,7 +128,7 @@ def cached_timeline(path, limits:Limits=Limits()):
         while len(_lines) > 64: _lines.popitem(last=False)
     return line
 
-# %% ../nbs/02_frames.ipynb #6703075b
+# %% ../nbs/02_frames.ipynb #46e5197b
 class _Shaper:
     "Turns a decoded frame into upright RGB of the wished size."
     def __init__(self, line, size):
@@ -141,7 +142,7 @@ class _Shaper:
         if (f.width, f.height) != (self.w, self.h): f = self.scale.reformat(f, width=self.w, height=self.h, interpolation="BILINEAR")
         return np.ascontiguousarray(np.rot90(f.to_ndarray(), self.turn))
 
-# %% ../nbs/02_frames.ipynb #241c8fea
+# %% ../nbs/02_frames.ipynb #3dc12107
 class Damaged(Exception):
     "The fast path met data it cannot vouch for; the reader starts over from the beginning."
 
@@ -165,24 +166,33 @@ def _decode_group(c, s, key, want, keep):
         if not left: break
     for f in cc.decode(None): keep(f)
 
-# %% ../nbs/02_frames.ipynb #a647bcab
-def _targets(path, line, want, shape, threads):
-    "The fast path: {tick: (tick, image)} of every wanted tick, or `Damaged`."
-    av, out, wanted = _quiet(), {}, set(want.tolist())
-    keys = line.keys[np.maximum(np.searchsorted(line.keys, want, side="right")-1, 0)]
+# %% ../nbs/02_frames.ipynb #03bba2e9
+def _groups(path, groups, wanted, out, shape, threads):
+    "Take (keyframe, ticks) groups from the shared iterator `groups` until it is empty; a decoder and a file handle of its own."
     def keep(f):
         if f.is_corrupt: raise Damaged("a damaged frame")
         if f.pts in wanted and f.pts not in out: out[f.pts] = (f.pts, shape(f))
+    with _quiet().open(path) as c:
+        s = best_video(c, path); s.thread_type, s.codec_context.thread_count = "AUTO", threads
+        s.codec_context.options = {"err_detect": "explode"}
+        for key, want in groups: _decode_group(c, s, key, want, keep)
+
+def _targets(path, line, want, size, threads):
+    "The fast path: {tick: (tick, image)} of every wanted tick, or `Damaged`. Several GOPs are decoded side by side, one alone by several threads."
+    import av
+    keys, out = line.keys[np.maximum(np.searchsorted(line.keys, want, side="right")-1, 0)], {}
+    found = [(k, want[keys == k].tolist()) for k in np.unique(keys)]
+    n = max(1, min(threads, len(found)//2)); groups, wanted = iter(found), set(want.tolist())
+    work = lambda _: _groups(path, groups, wanted, out, _Shaper(line, size), 1 if n > 1 else threads)
     try:
-        with av.open(path) as c:
-            s = best_video(c, path); s.thread_type, s.codec_context.thread_count = "AUTO", threads
-            s.codec_context.options = {"err_detect": "explode"}
-            for k in np.unique(keys): _decode_group(c, s, k, want[keys == k].tolist(), keep)
+        if n == 1: work(0)
+        else:
+            with ThreadPoolExecutor(n) as ex: list(ex.map(work, range(n)))
     except (av.error.FFmpegError, EOFError) as e: raise Damaged(str(e)) from None
     if wanted - set(out): raise Damaged(f"{len(wanted - set(out))} frame(s) not found after seeking")
     return out
 
-# %% ../nbs/02_frames.ipynb #ad020c67
+# %% ../nbs/02_frames.ipynb #52dcc138
 def _sequential(path, line, want, shape):
     "Decode from the beginning and keep, for every tick, the last frame not after it: slow, but nothing can be wrong about it."
     av, out, last, todo = _quiet(), {}, None, want.tolist()
@@ -198,15 +208,15 @@ def _sequential(path, line, want, shape):
         for t in todo: out[t] = (last.pts, shape(last))
     return out
 
-# %% ../nbs/02_frames.ipynb #f9148e51
+# %% ../nbs/02_frames.ipynb #2731268b
 def read_pyav(path, line, ticks, size=None, threads:int=2):
     "Backend: seek to the keyframe before each tick, decode only what is needed. Returns (uint8 [T,H,W,3], ticks of those frames, reason)."
     want, reason = np.unique(ticks), ""
-    try: out = _targets(path, line, want, _Shaper(line, size), threads)
+    try: out = _targets(path, line, want, size, threads)
     except Damaged as e: out, reason = _sequential(path, line, want, _Shaper(line, size)), f"read in sequence: {e}"
     return np.stack([out[t][1] for t in ticks.tolist()]), np.asarray([out[t][0] for t in ticks.tolist()], np.int64), reason
 
-# %% ../nbs/02_frames.ipynb #49b4a5a9
+# %% ../nbs/02_frames.ipynb #5d888c13
 def read_decord(path, line, ticks, size=None, threads:int=2):
     "Backend: decord by frame index, refused where its list of times is not the one in the packets."
     import decord
@@ -224,7 +234,7 @@ def read_decord(path, line, ticks, size=None, threads:int=2):
 EIGHT_BIT = ("yuv420p", "yuvj420p", "yuv444p", "yuvj444p")
 BACKENDS = dict(pyav=read_pyav, decord=read_decord)
 
-# %% ../nbs/02_frames.ipynb #4156443f
+# %% ../nbs/02_frames.ipynb #595b363e
 @dataclass(frozen=True)
 class Frames:
     "Frames and the times at which they are shown."
@@ -241,7 +251,7 @@ def _wh(size):
     if w < 1 or h < 1: raise VideoVLMError(f"size must be positive, got {size}")
     return int(w), int(h)
 
-# %% ../nbs/02_frames.ipynb #da201532
+# %% ../nbs/02_frames.ipynb #ca0d2eea
 def read_frames(
     path, # File
     times, # Seconds from the first frame; any order, repeats allowed
@@ -271,7 +281,7 @@ def read_frames_safely(path, times, size=None, limits:Limits=Limits(), **kw) -> 
     return isolated(read_frames, os.fspath(path), np.asarray(times, float), size=size, limits=limits,
                     timeout_s=limits.timeout_s, memory_bytes=limits.memory_bytes, **kw)
 
-# %% ../nbs/02_frames.ipynb #5cbc5e6a
+# %% ../nbs/02_frames.ipynb #b6862a7f
 def show_frames(frames, times=None, titles=None, cols:int=8, width:int=96):
     "Contact sheet (PIL image) with a time or title under each frame."
     from PIL import Image, ImageDraw
@@ -285,7 +295,7 @@ def show_frames(frames, times=None, titles=None, cols:int=8, width:int=96):
         sheet.paste(Image.fromarray(x).resize((width, h)), (x0, y0)); d.text((x0, y0+h+2), str(l), fill="black")
     return sheet
 
-# %% ../nbs/02_frames.ipynb #d0649e82
+# %% ../nbs/02_frames.ipynb #9ddd7908
 def oracle(path) -> tuple:
     "All frames of a file by sequential decode: (uint8 [F,H,W,3] as displayed, seconds [F]). For tests: it holds every frame in memory."
     line = timeline(path); shape, out = _Shaper(line, None), {}
@@ -307,7 +317,7 @@ def exactness(path, n:int=12, seed:int=0, **kw) -> dict:
     return dict(equal_times=float((np.abs(f.times-t[i]) < 1e-6).mean()), diff=float(diff(f.data, x[i]).max()),
                 neighbour=float(diff(f.data, x[np.where(i+1 < len(t), i+1, i-1)]).mean()), backend=f.backend, reason=f.reason)
 
-# %% ../nbs/02_frames.ipynb #0fc6214a
+# %% ../nbs/02_frames.ipynb #de71af8a
 def small_frames(path, size=(64, 36), threads:int=2):
     "Yield (seconds, uint8 [H,W,3]) of every frame, in order."
     line = cached_timeline(path); shape = _Shaper(line, size)
@@ -330,7 +340,7 @@ def detect_shots(path, threshold:float=27., min_s:float=.4) -> list:
     edges = sorted({0., *(times[min(c.frame_num, len(times)-1)] for c in cuts), p.duration})
     return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
 
-# %% ../nbs/02_frames.ipynb #e4bb3980
+# %% ../nbs/02_frames.ipynb #5f7ce485
 def show_shots(path, shots=None, width:int=96, cols:int=12):
     "Shot strip: first and last frame of every shot, side by side, with the times of the shot."
     shots = shots or detect_shots(path)

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['INK', 'SOFT', 'PALETTE', 'ReportConfig', 'figure_svg', 'plot_scores', 'plot_curve', 'picture_uri', 'contact_sheet',
            'render_page', 'percent', 'triple', 'tile', 'score_tile', 'funnel_block', 'example_block', 'examples_of',
-           'render_report', 'render_run']
+           'render_report', 'render_run', 'eval_task', 'run_benchmark']
 
-# %% ../nbs/07c_report.ipynb #2cdf90ee
+# %% ../nbs/07c_report.ipynb #a7ce164b
 import base64, html, io, json, math, os, random, re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .data import VideoVLMError
-from .evaluation import Score, by_skill, slices
+from .benchmarks import find_video, load_task
+from .data import MediaError, VideoVLMError, content_id, load_samples
+from .evaluation import EvaluationConfig, Score, batched, by_skill, checkpoint_fingerprint, model_answer, openai_answer, run_task, slices, task_from_samples
 
-# %% ../nbs/07c_report.ipynb #c2d64a1f
+# %% ../nbs/07c_report.ipynb #d3ad5c4d
 @dataclass(frozen=True)
 class ReportConfig:
     "What a page holds."
@@ -27,7 +28,7 @@ class ReportConfig:
     def __post_init__(self):
         if not 0 <= self.wrong_share <= 1: raise VideoVLMError(f"wrong_share lies in 0..1, not {self.wrong_share}")
 
-# %% ../nbs/07c_report.ipynb #0cf8bc60
+# %% ../nbs/07c_report.ipynb #f7efd584
 INK, SOFT = "#010203", "#040506"                       # stand for the page's text colour, full and faint
 PALETTE = ("#2f7ed8", "#e8833a", "#3aa675", "#9b6bd3", "#d8495b", "#8a8f98")
 
@@ -50,7 +51,7 @@ def figure_svg(draw, width=7.2, height=2.8):
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     return svg.replace(INK, "currentColor").replace(SOFT, "var(--soft, #888)")
 
-# %% ../nbs/07c_report.ipynb #2c1fc392
+# %% ../nbs/07c_report.ipynb #9c5ccf6a
 def plot_scores(groups, baselines=("blind", "shuffled"), limit=1.):
     "SVG of grouped bars with 95% intervals. groups: {series: {label: (value, low, high)}}; baselines are drawn pale."
     labels = list(dict.fromkeys(l for s in groups.values() for l in s))
@@ -83,7 +84,7 @@ def plot_curve(curves, xlabel="step", ylabel="loss"):
         if len(curves) > 1: ax.legend(frameon=False)
     return figure_svg(draw)
 
-# %% ../nbs/07c_report.ipynb #c2e38fe3
+# %% ../nbs/07c_report.ipynb #73651449
 def picture_uri(picture, quality=80):
     "data: URI of a PIL image, an array [H, W, 3] or the path of a PNG or JPEG."
     from PIL import Image
@@ -107,7 +108,7 @@ def contact_sheet(path, n=6, width=104, start=None, end=None):
     for i, f in enumerate(x): sheet.paste(Image.fromarray(f), (i * (width + 2), 0))
     return sheet
 
-# %% ../nbs/07c_report.ipynb #a29731db
+# %% ../nbs/07c_report.ipynb #69b4043d
 _CSS = """
 :root{--bg:#fbfbfa;--card:#fff;--ink:#1c2127;--soft:#7a828c;--line:#e3e5e8;--good:#217a4b;--bad:#b3362b;--accent:#2f7ed8;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1c2026;--ink:#e6e8eb;--soft:#939ba6;--line:#2c323a;--good:#5cc08a;--bad:#ef7d70;--accent:#6aa9ee}}
@@ -126,7 +127,7 @@ details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}pre{white-space:p
 @media (max-width:640px){.funnel div{grid-template-columns:110px 1fr 56px}main{padding:20px 14px}}
 """
 
-# %% ../nbs/07c_report.ipynb #8510c664
+# %% ../nbs/07c_report.ipynb #6b0d020d
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ css }}</style></head>
 <body><main><h1>{{ title }}</h1>{% if subtitle %}<div class="sub">{{ subtitle }}</div>{% endif %}
 {% for s in sections %}{% if s.title %}<h2>{{ s.title }}</h2>{% endif %}{% if s.note %}<div class="note">{{ s.note }}</div>{% endif %}
@@ -153,7 +154,7 @@ def render_page(title, sections, out_html, subtitle="", footer="video_vlm"):
     tmp = out.with_name(f".{out.name}.{os.getpid()}"); tmp.write_text(text, "utf8"); os.replace(tmp, out)
     return out
 
-# %% ../nbs/07c_report.ipynb #1a71b127
+# %% ../nbs/07c_report.ipynb #7e2bc7db
 def percent(x, digits=1): return "–" if x is None else f"{100 * x:.{digits}f}%"
 
 def triple(d):
@@ -175,7 +176,7 @@ def funnel_block(rows):
     top = max([c for _, c, *_ in rows] + [1])
     return {"kind": "funnel", "rows": [{"label": l, "count": c, "share": round(100 * c / top, 2), "drop": bool(d and d[0])} for l, c, *d in rows]}
 
-# %% ../nbs/07c_report.ipynb #d900334a
+# %% ../nbs/07c_report.ipynb #f83a1f66
 def example_block(examples, cfg=ReportConfig()):
     "Cards of examples {'question','answer','truth','correct', and 'picture' (image, array, path of a picture) or 'media' (path of a clip)}: wrong ones first, cut to size."
     wrong, right = [e for e in examples if not e.get("correct")], [e for e in examples if e.get("correct")]
@@ -199,7 +200,7 @@ def examples_of(preds, media=None, seed=0):
     for p in preds: (rest if p.clip in seen else first).append(p); seen.add(p.clip)
     return [{"question": p.question, "answer": p.answer or (f"[{p.error}]" if p.error else "[nothing]"), "truth": p.truth, "correct": p.correct, "skill": p.skill, "media": (media or {}).get(p.clip, "")} for p in first + rest]
 
-# %% ../nbs/07c_report.ipynb #84602661
+# %% ../nbs/07c_report.ipynb #72cb7424
 def _data_section(r):
     d = r.get("data") or {}
     if not d: return None
@@ -232,7 +233,7 @@ def _eval_sections(e):
     if levels: out.append({"title": "By level of difficulty", "blocks": [{"kind": "figure", "svg": plot_scores({"model": levels})}]})
     return out
 
-# %% ../nbs/07c_report.ipynb #a4a7deea
+# %% ../nbs/07c_report.ipynb #8dba25bb
 def _tiles(r):
     e, d, s, t = r.get("eval") or {}, r.get("data") or {}, r.get("serving") or {}, []
     for key, label in (("qa", "Questions right"), ("blind", "… without video"), ("shuffled", "… frames shuffled")):
@@ -253,7 +254,7 @@ def _time_section(r):
     rows = funnel_block([(k, round(v, 1)) for k, v in sec.items()])
     return {"title": "Time", "note": f"{sum(sec.values()):.0f} s in all" + (f" on {r['cpus']} cores" if r.get("cpus") else "") + ". Seconds a stage:", "blocks": [rows]}
 
-# %% ../nbs/07c_report.ipynb #49eaf5ec
+# %% ../nbs/07c_report.ipynb #9bb524b6
 def _loss_section(r, losses):
     curves = losses or (r.get("train") or {}).get("loss") or (r.get("training") or {}).get("loss")
     if not curves: return None
@@ -284,7 +285,7 @@ def render_report(report, out_html, examples=(), losses=None, title="video_vlm d
     if subtitle is None: subtitle = " · ".join(x for x in (f"preset {report['preset']}" if report.get("preset") else "", f"seed {report['seed']}" if "seed" in report else "", f"{report['total_seconds']:.0f} s" if report.get("total_seconds") else "") if x)
     return render_page(title, [s for s in sections if s], out_html, subtitle, made or "video_vlm")
 
-# %% ../nbs/07c_report.ipynb #18f37a6d
+# %% ../nbs/07c_report.ipynb #84c13bdd
 def render_run(run, out_html=None, baselines=None, media=None, title=None, cfg=ReportConfig()):
     "The page of an evaluation `Run`. baselines: {name: Run or predictions}; media: clip -> file, for contact sheets. Default place: report.html in the run's folder."
     if out_html is None and not run.folder: raise VideoVLMError("this run has no folder: say where the page goes (out_html=...)")
@@ -307,7 +308,7 @@ def render_run(run, out_html=None, baselines=None, media=None, title=None, cfg=R
                 {"title": "Answers, wrong ones first", "blocks": [example_block(examples_of(preds, media), cfg)]}, *_manifest(run)]
     return render_page(title or (preds[0].task if preds else "evaluation"), sections, out_html or Path(run.folder) / "report.html", "evaluation run")
 
-# %% ../nbs/07c_report.ipynb #457cb2f2
+# %% ../nbs/07c_report.ipynb #73591170
 def _overall(preds):
     from video_vlm.evaluation import accuracy
     return accuracy(preds, n_boot=0)
@@ -325,3 +326,42 @@ def _manifest(run):
     path = Path(run.folder) / "manifest.json" if run.folder else None
     if not path or not path.exists(): return []
     return [{"title": "How to make it again", "blocks": [{"kind": "details", "title": "manifest.json", "text": path.read_text("utf8")}]}]
+
+# %% ../nbs/07c_report.ipynb #991aae3b
+def eval_task(task, data, videos=None, limit=None, seed=0):
+    "The `Task` of a benchmark's name, or of 'samples' for our own annotations (videos beside the file, or below `videos`); `limit`: a seeded part of its items."
+    if task == "samples":
+        samples = load_samples(data)
+        clips = sorted({v for s in samples for v in s.videos})
+        media = {c: find_video(videos, c) if videos else str(Path(data).parent / c) for c in clips}
+        t = replace(task_from_samples(samples, "samples", ("qa", "ground"), media), prompt=lambda i: i.question, source=str(data))   # in the words that our models learned
+    else: t = load_task(task, data, videos)
+    if limit and limit < len(t.items): t = replace(t, items=tuple(sorted(random.Random(seed).sample(t.items, limit), key=t.items.index)))
+    missing = [i for i in t.items if not (i.media and Path(i.media).is_file())]
+    if (videos or task == "samples") and len(missing) == len(t.items): raise VideoVLMError(f"none of the {len(missing)} clips of {data} is under {videos or Path(data).parent} (first: {missing[0].clip})")
+    return t, missing
+
+def _none_missing(answer, gone):
+    "`answer`, which refuses items whose clip should be there and is not."
+    def check(item):
+        if item.id in gone: raise MediaError("missing", item.media or item.clip)
+    if not getattr(answer, "batched", False): return lambda item, prompt: (check(item), answer(item, prompt))[1]
+    return batched(lambda items, prompts: ([check(i) for i in items], answer(items, prompts))[1])
+
+# %% ../nbs/07c_report.ipynb #2e1f1365
+def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None, limit=None, shuffle_options=False, seed=0, blind=False, train=None):
+    "Run a benchmark (or 'samples') with a checkpoint folder or hub id `model`, or with a server at `url` -> finished `Run` in `out`, with manifest.json and report.html."
+    t, missing = eval_task(task, data, videos, limit, seed)
+    cfg = EvaluationConfig(seed=seed, shuffle_options=shuffle_options, workers=4 if url else 1)
+    if url: answer, plan, mark = openai_answer(url, model or "default"), "server", f"{url} {model}"
+    else:
+        from video_vlm.model import load_model
+        from video_vlm.store import TokenStore
+        if not model: raise VideoVLMError("say which model answers: a checkpoint folder or hub id, or the url of a server")
+        answer = model_answer(*load_model(model), TokenStore(Path(out) / "tokens"), blind)
+        plan, mark = answer.plan, checkpoint_fingerprint(model)
+    gone = {i.id for i in missing} if (videos or task == "samples") and not blind else set()
+    source = {"data": str(data), "data_sha256": content_id(data) if Path(data).is_file() else "", "videos": str(videos or ""), "missing": len(missing), "blind": blind, "model_source": str(model), "seed": seed, "limit": limit}
+    run = run_task(t, _none_missing(answer, gone) if gone else answer, out, cfg, plan, mark, train, source)
+    render_run(run, media={i.clip: i.media for i in t.items if i.media}, title=f"{task}: {model or url}")
+    return run

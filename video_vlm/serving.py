@@ -7,9 +7,9 @@ __all__ = ['ARCH', 'VLLM_ENV', 'ENGINES', 'BadRequest', 'EngineBusy', 'EngineDow
            'Usage', 'Delta', 'prompt_ids', 'full_ids', 'load_processor', 'full_checkpoint', 'load_encoder',
            'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'vllm_args', 'VLLMEngine',
            'check_room', 'adapter_projector', 'project', 'TextStream', 'sample', 'DecodeBatch', 'TransformersEngine',
-           'has_vllm', 'make_engine', 'collect']
+           'has_vllm', 'make_engine', 'offline', 'offline_answers', 'collect']
 
-# %% ../nbs/09_serving.ipynb #f9b80a1e
+# %% ../nbs/09_serving.ipynb #55c54823
 import asyncio, functools, itertools, os, threading, uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .data import VideoVLMError
 
-# %% ../nbs/09_serving.ipynb #7d3a326a
+# %% ../nbs/09_serving.ipynb #4b9151ff
 class BadRequest(VideoVLMError):
     "The request cannot be answered as it stands (HTTP 400)."
     code = "bad_request"
@@ -36,7 +36,7 @@ class UnknownAdapter(BadRequest):
     "No adapter of that name is loaded (HTTP 404)."
     code = "unknown_model"
 
-# %% ../nbs/09_serving.ipynb #d62673e8
+# %% ../nbs/09_serving.ipynb #66215c22
 @dataclass(frozen=True)
 class EngineConfig:
     "How an engine runs; the checkpoint decides everything else."
@@ -59,7 +59,7 @@ class EngineConfig:
         if bad: raise VideoVLMError(f"EngineConfig: {', '.join(bad)} must be at least 1")
         if self.adapters and not self.max_loras: object.__setattr__(self, "max_loras", len(self.adapters))
 
-# %% ../nbs/09_serving.ipynb #307d2b25
+# %% ../nbs/09_serving.ipynb #6f525997
 @dataclass(frozen=True)
 class Request:
     "One question. `videos` stand for the video parts of `messages`, in order."
@@ -96,7 +96,7 @@ class Delta:
     finish_reason:str|None = None # stop, length or abort
     usage:Usage|None = None # On the very last delta
 
-# %% ../nbs/09_serving.ipynb #87129ee5
+# %% ../nbs/09_serving.ipynb #33ca68d2
 def prompt_ids(processor, messages:list) -> list:
     "Token ids of a chat with one placeholder per video: what the vLLM plug-in expands."
     from video_vlm.model import VIDEO, text_ids
@@ -116,7 +116,7 @@ def load_processor(checkpoint):
     try: return VideoVLMProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError) as e: raise VideoVLMError(f"no model at {checkpoint!r}: give a checkpoint folder, or a hub id where there is a network ({str(e).splitlines()[0][:120]})") from None
 
-# %% ../nbs/09_serving.ipynb #4cc21717
+# %% ../nbs/09_serving.ipynb #09018668
 def full_checkpoint(checkpoint) -> str:
     "A folder that an engine can load: `checkpoint` itself, or its merged copy in the cache where it is a light one."
     import hashlib, subprocess, sys
@@ -146,7 +146,7 @@ def load_encoder(checkpoint):
     encoder.load_state_dict(state)
     return encoder.eval()
 
-# %% ../nbs/09_serving.ipynb #8a6ef598
+# %% ../nbs/09_serving.ipynb #a339d5a5
 def tiny_checkpoint(folder, seed:int=0, layers:int=2) -> str:
     "Writes a small random checkpoint (model and tokenizer) for examples and tests."
     import torch
@@ -172,7 +172,7 @@ def fake_tokens(moments:int, seed:int=0, width:int=64, n:int=16):
     x = np.random.default_rng(seed).normal(size=(moments, n, width)).astype(np.float16)
     return VisualTokens(x, np.arange(moments)/2, np.arange(moments)/2+.5, f"fake-{moments}-{seed}-{n}")
 
-# %% ../nbs/09_serving.ipynb #0683a3f2
+# %% ../nbs/09_serving.ipynb #99e576e0
 ARCH = "VideoVLMForConditionalGeneration"
 
 def _die_with_parent():
@@ -185,7 +185,7 @@ def _die_with_parent():
 def register():
     "The plug-in's entry point: tells vLLM and transformers about the model. Safe to call again."
     _die_with_parent()
-    import video_vlm.model # registers config and processor with transformers
+    import video_vlm.model # noqa: F401, registers config and processor with transformers
     from vllm import ModelRegistry
     if ARCH not in ModelRegistry.get_supported_archs(): ModelRegistry.register_model(ARCH, _vllm_model()) # the class, not its name: by name vLLM would look at it in a process of its own, 8 s on every first start
 
@@ -198,7 +198,7 @@ def video_item(video) -> dict:
     fps, idx = float((meta or {}).get("fps") or 1.), (meta or {}).get("frames_indices")
     return dict(frames=np.asarray(frames), times=np.asarray(range(len(frames)) if idx is None else idx)/fps)
 
-# %% ../nbs/09_serving.ipynb #d0caf6a4
+# %% ../nbs/09_serving.ipynb #6acc3ab4
 def checked_item(item:dict, config) -> dict:
     "An item's arrays for the model: starts `[M]`, and one of tokens `[M, N, D]`, embeds `[M, N, H]` (after a projector), frames `[T, S, S, 3]`; the others are empty. Raises `BadRequest`."
     import torch
@@ -220,7 +220,7 @@ def _checked_frames(item, S, g):
     if f.shape[1:3] != (S, S): f = np.stack([np.asarray(Image.fromarray(x).resize((S, S), Image.BILINEAR, reducing_gap=2.)) for x in f])
     return dict(video_starts=torch.as_tensor(s[::g].copy()), video_frames=torch.tensor(f))
 
-# %% ../nbs/09_serving.ipynb #0e19ae4e
+# %% ../nbs/09_serving.ipynb #e0554b06
 @functools.cache
 def _vllm_info():
     from vllm.multimodal.parse import MultiModalDataParser, ProcessorBatchItems
@@ -250,7 +250,7 @@ def _vllm_info():
             return {"video": [one]*mm_counts.get("video", 0)}
     return Info, Dummy
 
-# %% ../nbs/09_serving.ipynb #69e3c483
+# %% ../nbs/09_serving.ipynb #dec6e2fc
 @functools.cache
 def _vllm_processor():
     from types import SimpleNamespace
@@ -278,7 +278,7 @@ def _vllm_processor():
             return [PromptReplacement(modality="video", target=[cfg.video_token_id], replacement=expand)]
     return Processor
 
-# %% ../nbs/09_serving.ipynb #512d697e
+# %% ../nbs/09_serving.ipynb #53a00502
 @functools.cache
 def _vllm_model():
     from torch import nn
@@ -294,11 +294,11 @@ def _vllm_model():
     class VLLMModel(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
         def __init__(self, *, vllm_config, prefix=""):
-            super().__init__()
+            super().__init__(); self.encodes = 0
             self.config = cfg = vllm_config.model_config.hf_config
-            extra = (vllm_config.additional_config or {}).get("video_vlm", {})
+            whole = (vllm_config.additional_config or {}).get("video_vlm", {}).get("with_encoder", True)
             with self._mark_tower_model(vllm_config, "video"):
-                self.encoder = VideoEncoder(cfg.encoder_config) if extra.get("with_encoder", True) else None
+                self.encoder = VideoEncoder(cfg.encoder_config) if whole else None
                 self.projector = Projector(cfg)
             with self._mark_language_model(vllm_config):
                 self.language_model = init_vllm_registered_model(vllm_config=vllm_config, hf_config=cfg.text_config, prefix=maybe_prefix(prefix, "language_model"))
@@ -313,22 +313,19 @@ def _vllm_model():
             return [(e if len(e) else self.projector(t if len(t) else self.encode(f))).flatten(0, 1) for t, e, f in rows]
 
         def encode(self, frames_THWC):
-            if self.encoder is None: raise ValueError("this engine takes stored tokens only (with_encoder=False)")
             from video_vlm.encoder import group_frames
+            self.encodes += 1
             px, mask = group_frames(frames_THWC.cpu().numpy(), self.config.encoder_config.group)
-            p = next(self.encoder.parameters())
-            return self.encoder(px.to(p), mask.to(p.device)).half() # float16 as the store keeps them: frames and stored tokens answer alike
+            return self.encoder(px.to(self.encoder.dtype).to(self.encoder.device), mask.to(self.encoder.device)).half() # float16, as the store keeps them
 
         def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kw):
-            if intermediate_tensors is not None: inputs_embeds = None
-            return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
-
+            return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds if intermediate_tensors is None else None)
         def compute_logits(self, hidden): return self.language_model.compute_logits(hidden)
         def load_weights(self, weights):
             return AutoWeightsLoader(self).load_weights((k, v) for k, v in weights if self.encoder is not None or not k.startswith("encoder."))
     return VLLMModel
 
-# %% ../nbs/09_serving.ipynb #39431c7e
+# %% ../nbs/09_serving.ipynb #cdc78575
 VLLM_ENV = dict(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_WORKER_MULTIPROC_METHOD="spawn", VLLM_ENABLE_V1_MULTIPROCESSING="0",
                 VLLM_CPU_OMP_THREADS_BIND="nobind", TOKENIZERS_PARALLELISM="false")
 
@@ -343,7 +340,7 @@ def vllm_args(cfg:EngineConfig, cpu:bool=True, context:int=2048) -> dict:
     if cpu: out.update(enforce_eager=True, block_size=32, distributed_executor_backend="uni")
     return out
 
-# %% ../nbs/09_serving.ipynb #ad78371d
+# %% ../nbs/09_serving.ipynb #7066371d
 class VLLMEngine:
     "vLLM behind the engine interface: `start`, `generate`, `abort`, `load_adapter`, `drop_adapter`, `stats`, `stop`."
     name = "vllm"
@@ -367,7 +364,7 @@ class VLLMEngine:
     @property
     def ready(self): return self.llm is not None and not self.llm.errored
 
-# %% ../nbs/09_serving.ipynb #2c72d6a5
+# %% ../nbs/09_serving.ipynb #999f2251
 @patch
 async def start(self:VLLMEngine):
     "Start the core and the watcher; returns when requests can be answered."
@@ -405,7 +402,7 @@ def _context(checkpoint) -> int:
     from video_vlm.model import VideoVLMConfig
     return VideoVLMConfig.from_pretrained(checkpoint).get_text_config().max_position_embeddings
 
-# %% ../nbs/09_serving.ipynb #1800de7d
+# %% ../nbs/09_serving.ipynb #d9aa527a
 def _params(req:Request, room:int, processor):
     from video_vlm.model import VIDEO, stop_ids
     from vllm import SamplingParams
@@ -415,11 +412,13 @@ def _params(req:Request, room:int, processor):
                           stop_token_ids=None if req.ignore_eos else stop_ids(processor), logit_bias={processor.tokenizer.convert_tokens_to_ids(VIDEO): -100.}, # a model may not say "video"
                           seed=req.seed, ignore_eos=req.ignore_eos, output_kind=RequestOutputKind.DELTA, **extra)
 
+# %% ../nbs/09_serving.ipynb #35db7361
 def check_room(n_prompt:int, context:int) -> int:
     "Tokens left for the answer. Raises `BadRequest` where there are none."
     if n_prompt >= context: raise BadRequest(f"the prompt has {n_prompt} tokens, but the context holds {context}: ask for fewer frames or a shorter text", "context_length_exceeded")
     return context-n_prompt
 
+# %% ../nbs/09_serving.ipynb #8b74064f
 def _vllm_videos(req:Request, projector=None) -> dict:
     "The videos of a request as vLLM takes them, each under its content key."
     items = [v if projector is None else dict(embeds=project(projector, v), starts=v.starts) for v in req.videos]
@@ -454,7 +453,7 @@ def _vllm_usage(self, o, n_out) -> Usage:
 
 VLLMEngine.generate, VLLMEngine._usage = _vllm_generate, _vllm_usage
 
-# %% ../nbs/09_serving.ipynb #08b3bc13
+# %% ../nbs/09_serving.ipynb #a5c3d62d
 def adapter_projector(folder, checkpoint):
     "The adapter's own projector, or None where it is the checkpoint's (or the folder has none)."
     import torch
@@ -501,7 +500,7 @@ def _stats(self) -> dict: return dict(engine=self.name, running=self.running, re
 
 VLLMEngine.load_adapter, VLLMEngine.drop_adapter, VLLMEngine._adapter, VLLMEngine.abort, VLLMEngine.stats = _load_adapter, _drop_adapter, _adapter, _abort, _stats
 
-# %% ../nbs/09_serving.ipynb #32b1c04d
+# %% ../nbs/09_serving.ipynb #dba50dda
 class TextStream:
     "Token ids in, printable text out: holds back half characters and what may become a stop string."
     def __init__(self, tokenizer, stop=()): self.tokenizer, self.stop, self.ids, self.sent, self.stopped = tokenizer, tuple(stop), [], 0, False
@@ -517,7 +516,7 @@ class TextStream:
         new = text[self.sent:]; self.sent = max(self.sent, len(text))
         return new
 
-# %% ../nbs/09_serving.ipynb #574bb2a3
+# %% ../nbs/09_serving.ipynb #cebc08e4
 def sample(logits_V, temperature:float=0., top_p:float=1., generator=None) -> int:
     "The next token id: the likeliest, or one drawn from the smallest set that holds `top_p` of the probability."
     import torch
@@ -526,7 +525,7 @@ def sample(logits_V, temperature:float=0., top_p:float=1., generator=None) -> in
     p = torch.where(p.cumsum(-1)-p < top_p, p, 0)
     return int(order[torch.multinomial(p/p.sum(), 1, generator=generator)])
 
-# %% ../nbs/09_serving.ipynb #7f241721
+# %% ../nbs/09_serving.ipynb #ba88867e
 class DecodeBatch:
     "Rows that are decoded together; keys and values are padded on the left."
     def __init__(self): self.rows, self.layers, self.mask = [], [], None
@@ -565,7 +564,7 @@ class DecodeBatch:
         self.layers = [(l.keys, l.values) for l in cache.layers]
         return out.logits[:, -1]
 
-# %% ../nbs/09_serving.ipynb #942912c8
+# %% ../nbs/09_serving.ipynb #4300c51d
 class _Row:
     "One answer of one request, and the queue of whoever waits for it."
     def __init__(self, req, index, ids, emit, tokenizer, room):
@@ -586,7 +585,7 @@ class _Row:
         self.emit(Delta(new, (t,), self.index, why))
         return why is not None
 
-# %% ../nbs/09_serving.ipynb #a82499b6
+# %% ../nbs/09_serving.ipynb #e07e21bf
 class TransformersEngine:
     "transformers in a thread of this process, behind the engine interface."
     name = "transformers"
@@ -624,7 +623,7 @@ class TransformersEngine:
         out = self.model(input_ids=torch.tensor([row.ids]), visual_tokens=stack_tokens(v) if v else None, past_key_values=cache, use_cache=True, logits_to_keep=1)
         if not row.take(out.logits[0, -1], self.eos, self.video_id): self.batches.setdefault(row.req.adapter, DecodeBatch()).join(row, cache)
 
-# %% ../nbs/09_serving.ipynb #bf33748f
+# %% ../nbs/09_serving.ipynb #2d30a692
 def _tf_loop(self):
     import torch
     with torch.inference_mode():
@@ -649,6 +648,9 @@ def _tf_step(self, batch):
     ended = [r for r, l in zip(batch.rows, logits) if r.take(l, self.eos, self.video_id)]
     if ended: batch.drop(ended)
 
+TransformersEngine._loop, TransformersEngine._step = _tf_loop, _tf_step
+
+# %% ../nbs/09_serving.ipynb #a58ef15b
 @patch(as_prop=True)
 def rows(self:TransformersEngine): return [r for b in self.batches.values() for r in b.rows]
 
@@ -675,9 +677,7 @@ async def drop_adapter(self:TransformersEngine, name:str):
     "Forget an adapter; its few megabytes stay until the process ends."
     if self.adapters.pop(name, None) is None: raise UnknownAdapter(f"no adapter {name!r} is loaded")
 
-TransformersEngine._loop, TransformersEngine._step = _tf_loop, _tf_step
-
-# %% ../nbs/09_serving.ipynb #235fa6a3
+# %% ../nbs/09_serving.ipynb #a78026c2
 async def _tf_generate(self, req:Request):
     "Yields `Delta`s; closing the generator takes its rows out of the batch."
     if not self.ready: raise EngineDown("the engine is not running")
@@ -708,7 +708,7 @@ async def _tf_abort(self, id):
 
 TransformersEngine.generate, TransformersEngine.abort, TransformersEngine.stats = _tf_generate, _tf_abort, _stats
 
-# %% ../nbs/09_serving.ipynb #12aba5f2
+# %% ../nbs/09_serving.ipynb #9cd4ba60
 ENGINES = dict(vllm=VLLMEngine, transformers=TransformersEngine)
 
 def has_vllm() -> bool:
@@ -722,6 +722,23 @@ def make_engine(kind:str, cfg:EngineConfig):
     if kind not in ENGINES: raise VideoVLMError(f"unknown engine {kind!r}: one of auto, {', '.join(ENGINES)}")
     if kind == "vllm" and not has_vllm(): raise VideoVLMError("vLLM is not installed: `pip install video_vlm[serve]` on a GPU machine, the CPU wheel as the README says, or --engine transformers")
     return ENGINES[kind](cfg)
+
+def offline(cfg:EngineConfig):
+    "vLLM inside this process, for batches without a server (evaluation, comparisons): no core process, no event loop."
+    for k, v in VLLM_ENV.items(): os.environ.setdefault(k, v)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+    cfg = replace(cfg, checkpoint=full_checkpoint(cfg.checkpoint))
+    return LLM(**vllm_args(cfg, current_platform.is_cpu(), _context(cfg.checkpoint)))
+
+def offline_answers(llm, processor, reqs, projector=None, lora=None) -> list:
+    "vLLM's outputs for a batch of requests, in order."
+    from vllm.sampling_params import RequestOutputKind
+    context = llm.llm_engine.model_config.max_model_len
+    prompts = [dict(prompt_token_ids=prompt_ids(processor, r.messages), **(_vllm_videos(r, projector) if r.videos else {})) for r in reqs]
+    params = [_params(r, check_room(len(full_ids(processor, r.messages, r.videos)), context), processor) for r in reqs]
+    for p in params: p.output_kind = RequestOutputKind.FINAL_ONLY
+    return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
 
 async def collect(engine, req:Request) -> tuple:
     "A whole answer at once: (text, token ids, finish reason, usage) of the first choice."

@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'DIRECTIONS', 'ACTIONS', 'NEW_ACTION
            'make_scene', 'show_strips', 'phrase', 'facts', 'captions', 'base_form', 'questions', 'samples_of',
            'truth_maps', 'WorldConfig', 'scene_of', 'write_world']
 
-# %% ../nbs/00a_world.ipynb #bd5ff0e7
+# %% ../nbs/00a_world.ipynb #74a27b81
 import hashlib, json, math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from .data import Sample, VideoVLMError, save_samples, write_video
 
-# %% ../nbs/00a_world.ipynb #1bf10e0a
+# %% ../nbs/00a_world.ipynb #1f4d5d2d
 COLOURS = dict(red=(214, 45, 40), green=(40, 160, 60), blue=(45, 85, 225), yellow=(242, 215, 50), purple=(140, 50, 180),
                orange=(250, 140, 30), cyan=(70, 215, 225), white=(245, 245, 245))
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -32,12 +32,12 @@ NEW_ACTIONS = ("orbit", "pulse")   # kept away from every checkpoint: the demo b
 NEW_TEXTURE = "checkered"
 UNSAFE = "collide"                 # the concept that stands for unsafe content in moderation tests
 
-# %% ../nbs/00a_world.ipynb #0cb6e9a6
+# %% ../nbs/00a_world.ipynb #cce54d6b
 def rgb(colour):
     "Red, green, blue of a palette name or of `#rrggbb`."
     return COLOURS[colour] if colour in COLOURS else tuple(int(colour[k:k+2], 16) for k in (1, 3, 5))
 
-# %% ../nbs/00a_world.ipynb #12832351
+# %% ../nbs/00a_world.ipynb #7a116235
 @dataclass(frozen=True)
 class Level:
     "How hard a clip is. Lengths are seconds, sizes are shares of the frame's height."
@@ -55,7 +55,7 @@ LEVELS = {l.name: l for l in (
     Level("medium"),
     Level("hard", (1, 4), (1, 4), (3., 12.), (.12, .3), ("gradient", "noise", "drift"), .5, True))}
 
-# %% ../nbs/00a_world.ipynb #1eec9a3d
+# %% ../nbs/00a_world.ipynb #1b6d87b2
 @dataclass(frozen=True)
 class Thing:
     "One object: where it is before anything happens."
@@ -93,7 +93,7 @@ class Scene:
     events:tuple
     look:dict # Background, light and nuisance: numbers only
 
-# %% ../nbs/00a_world.ipynb #b251af2a
+# %% ../nbs/00a_world.ipynb #58d08d64
 def _ease(p): return p*p*(3-2*p)
 
 def _solo(e, p):
@@ -112,7 +112,7 @@ def _solo(e, p):
     if e.action == "pulse": return 0, 0, 1+a*math.sin(3*math.pi*p)**2, 0, 1
     raise VideoVLMError(f"unknown action {e.action!r}; known are {', '.join(ACTIONS+NEW_ACTIONS)}")
 
-# %% ../nbs/00a_world.ipynb #6cc1a5e3
+# %% ../nbs/00a_world.ipynb #82f7cdfc
 def _pair(e, p, a, b):
     "New positions ((ax, ay), (bx, by)) of two objects `a`, `b` (x, y, radius) at progress `p` of a collision or swap."
     (ax, ay, ar), (bx, by, br) = a, b
@@ -140,7 +140,7 @@ def state_at(scene, t):
             st[e.thing] = st[e.thing]*[1, 1, sc, 1, al]+[dx, dy, 0, da, 0]
     return st
 
-# %% ../nbs/00a_world.ipynb #b46d878a
+# %% ../nbs/00a_world.ipynb #521ec6d2
 def outline(shape, n=36):
     "Unit outline of a shape as [K, 2]; the ring's hole is cut later."
     if shape in ("circle", "ring"): a, r = np.linspace(0, 2*np.pi, n, endpoint=False), 1.
@@ -160,7 +160,7 @@ def thing_mask(thing, st, scale, box):
     if thing.shape == "ring": fill(outline("circle")*r*.55+[x, y], 0)
     return mask.astype(np.float32)/255
 
-# %% ../nbs/00a_world.ipynb #4dc48b2f
+# %% ../nbs/00a_world.ipynb #9823536a
 def texture_field(name, u, v):
     "Share of dark paint in 0..1 at object coordinates `u`, `v` (unit radius)."
     if name == "striped": return (np.sin(u*9) > 0).astype(np.float32)
@@ -189,7 +189,7 @@ def paint(frame, thing, st, aspect, light):
     box *= 1-.35*alpha*shadow
     box += (colour-box)*(m*alpha)[..., None]
 
-# %% ../nbs/00a_world.ipynb #06b55dea
+# %% ../nbs/00a_world.ipynb #11cf6401
 def background(look, W, H, t=0.):
     "Backdrop at second `t`: float32 [H, W, 3]."
     c0, c1 = np.array(look["c0"], np.float32), np.array(look["c1"], np.float32)
@@ -215,7 +215,7 @@ def frame_times(scene):
     keep[:2] = True
     return np.round(t[keep]+np.r_[0, rng.uniform(0, .3/scene.fps, keep.sum()-1)], 3)
 
-# %% ../nbs/00a_world.ipynb #8e795e2b
+# %% ../nbs/00a_world.ipynb #13f56eb7
 def render(scene, size=128, times=None):
     "Frames uint8 [T, H, W, 3] and their times in seconds [T]. `size` is the height in pixels, or (width, height)."
     W, H = size if isinstance(size, tuple) else (int(round(size*scene.aspect/2))*2, size)
@@ -235,7 +235,7 @@ def render(scene, size=128, times=None):
         out[i] = np.clip(img, 0, 255)
     return out, times
 
-# %% ../nbs/00a_world.ipynb #50b217b6
+# %% ../nbs/00a_world.ipynb #e43b4d37
 def is_held_out(colour, shape):
     "Is this colour-shape pair kept away from training? Each shape and six of the eight colours lose one."
     return (list(COLOURS).index(colour)+3*SHAPES.index(shape)) % 8 == 0
@@ -256,7 +256,7 @@ def _things(rng, level, split, textures):
         out.append(Thing(colour, shape, tex, float(x), float(y), float(r), float(rng.uniform(-.25, .25))))
     return out
 
-# %% ../nbs/00a_world.ipynb #87a1c8f7
+# %% ../nbs/00a_world.ipynb #22b319fd
 AMOUNTS = dict(move=(.25, .5), bounce=(.14, .25), spin=(.75, 1.25), grow=(1.6, 1.9), shrink=(.45, .6), blink=(2, 3), appear=(0, 0), vanish=(0, 0),
                collide=(.12, .2), swap=(0, 0), orbit=(.1, .16), pulse=(.5, .8))
 
@@ -285,7 +285,7 @@ def _events(rng, level, things, seconds, actions):
     same = len({(e.action, e.thing, e.other, e.direction) for e in out}) < n     # "after it bounces" must mean one moment
     return None if same else out
 
-# %% ../nbs/00a_world.ipynb #51e2fc83
+# %% ../nbs/00a_world.ipynb #930d6056
 def _fits(scene):
     "True where all visible objects stay inside the frame and apart."
     late = {e.thing: e.start for e in scene.events if e.action == "appear"}
@@ -301,7 +301,7 @@ def _fits(scene):
         for i in (e.thing, e.other): first.setdefault(i, e)
     return all(first[i].action == "appear" and first[i].thing == i for i in late)
 
-# %% ../nbs/00a_world.ipynb #db254e0c
+# %% ../nbs/00a_world.ipynb #f13757b8
 def _look(rng, level):
     "Background, light and nuisance of a clip, as plain numbers."
     tint = lambda lo, hi: (rng.uniform(lo, hi)+rng.uniform(-14, 14, 3)).round(1).tolist()
@@ -328,7 +328,7 @@ def make_scene(seed, level="medium", split="train", actions=ACTIONS, textures=TE
         if _fits(scene): return scene
     raise VideoVLMError(f"no scene found for seed {seed}, level {level!r}, must={must!r}: too few objects for what is asked")
 
-# %% ../nbs/00a_world.ipynb #382d28c1
+# %% ../nbs/00a_world.ipynb #244b475d
 def show_strips(scenes, n=8, size=80, quality=75):
     "A contact sheet (JPEG, for notebooks and reports): one row of `n` moments a clip, from start to end."
     from IPython.display import Image
@@ -340,7 +340,7 @@ def show_strips(scenes, n=8, size=80, quality=75):
     sheet = np.concatenate([np.pad(r, ((0, 0), (0, w-r.shape[1]), (0, 0))) for r in rows])
     return Image(cv2.imencode(".jpg", sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes(), format="jpeg")
 
-# %% ../nbs/00a_world.ipynb #76e49a2e
+# %% ../nbs/00a_world.ipynb #f0956e20
 VERBS = dict(move="moves", bounce="bounces", spin="spins", grow="grows", shrink="shrinks", blink="blinks", appear="appears", vanish="vanishes",
              collide="hits", swap="swaps places with", orbit="circles around", pulse="pulses")
 
@@ -364,7 +364,7 @@ def captions(scene):
     out = [c.format(objects=objects, events=events) for c in CAPTIONS]
     return [". ".join(p[:1].upper()+p[1:] for p in c.split(". ")) for c in out]
 
-# %% ../nbs/00a_world.ipynb #6608af99
+# %% ../nbs/00a_world.ipynb #9e4727e2
 WORDINGS = dict(
     colour=("What colour is the {shape}?", "Which colour does the {shape} have?", "The {shape} has which colour?"),
     shape=("What shape is the {colour} object?", "Which shape does the {colour} object have?", "The {colour} object has which shape?"),
@@ -397,7 +397,7 @@ def _still_questions(scene):
             yield "position", dict(thing=o.name), PLACES[int(y*3)*3+int(x*3)], PLACES, None
     yield "count", {}, str(len(cols)), list("1234"), None
 
-# %% ../nbs/00a_world.ipynb #af847e9e
+# %% ../nbs/00a_world.ipynb #1f20141f
 def base_form(verbs):
     "Infinitive of a verb phrase: `swaps places with` -> `swap places with`."
     head, _, tail = verbs.partition(" ")
@@ -411,7 +411,7 @@ def _motion_questions(scene, rng):
         mine = [e for e in ev if i in (e.thing, e.other)]
         acts = [e for e in mine if e.thing == i]
         if len(mine) == 1 and len(acts) == 1:
-            yield "action", dict(thing=o.name), VERBS[acts[0].action], sorted(VERBS.values()), None
+            yield "action", dict(thing=o.name), VERBS[acts[0].action], sorted({*(VERBS[a] for a in ACTIONS), VERBS[acts[0].action]}), None
         moves = [e for e in acts if e.action == "move"]
         if len(moves) == 1: yield "direction", dict(thing=o.name), moves[0].direction, list(DIRECTIONS), None
     for e in ev: 
@@ -427,7 +427,7 @@ def _motion_questions(scene, rng):
     left = len(scene.things)-sum(e.action == "vanish" for e in ev)
     if left != len(scene.things) or rng.random() < .3: yield "count_end", {}, str(left), list("01234"), None
 
-# %% ../nbs/00a_world.ipynb #2822b03d
+# %% ../nbs/00a_world.ipynb #d6ea87b3
 def _yes_no_questions(scene, rng):
     "Questions whose answer is yes or no, half of each: what a model that always agrees gets half wrong."
     here = {o.name for o in scene.things}
@@ -460,7 +460,7 @@ def questions(scene, wording="train", choice=.25):
         out.append(dict(skill=SKILL.get(kind, kind), kind=kind, question=text, answer=answer, options=options, span=span))
     return out
 
-# %% ../nbs/00a_world.ipynb #5cea74bf
+# %% ../nbs/00a_world.ipynb #a7043688
 def samples_of(scene, video, wording="train"):
     "Chat samples of a scene: questions, one grounding question per event, one caption. `video` is a clip id or a path."
     rows, facts_ = [], facts(scene)
@@ -478,7 +478,7 @@ def samples_of(scene, video, wording="train"):
         rows.append(Sample(id=f"{scene.level}-{scene.seed}-{k}", messages=msgs, source="world", task=task, created_at="", meta=meta))
     return rows
 
-# %% ../nbs/00a_world.ipynb #f25fefcb
+# %% ../nbs/00a_world.ipynb #3cc2776a
 def truth_maps(scene, times, grid=8, fine=4):
     """What each cell shows at each time. Returns `owner` int8 [T, grid, grid] (index of the thing that covers most of the cell, -1 where nothing covers 12%),
     `cover` float32 [T, grid, grid], and `states` float32 [T, things, 5] (x, y in 0..1 of the frame, radius, angle, alpha)."""
@@ -497,7 +497,7 @@ def truth_maps(scene, times, grid=8, fine=4):
         states[k] = st/[scene.aspect, 1, 1, 1, 1]
     return owner, cover, states
 
-# %% ../nbs/00a_world.ipynb #a371452e
+# %% ../nbs/00a_world.ipynb #71780246
 @dataclass(frozen=True)
 class WorldConfig:
     "A folder of clips."
@@ -526,16 +526,16 @@ def _write_one(args):
     rel = f"clips/{path.name}"
     return samples_of(scene, rel, cfg.wording), dict(video=rel, captions=captions(scene), **facts(scene))
 
-# %% ../nbs/00a_world.ipynb #498ac674
-def write_world(out, cfg=WorldConfig(), workers=2):
+# %% ../nbs/00a_world.ipynb #3095ae41
+def write_world(out, cfg=WorldConfig(), workers=2, progress=True):
     "Write `cfg.n` clips with annotations into `out`; returns the folder. Same config, same clips; existing ones are kept."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     out = Path(out)
     (out/"clips").mkdir(parents=True, exist_ok=True)
     jobs, samples, truth = [(cfg, k, str(out)) for k in range(cfg.n)], [], []
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 and cfg.n > 8 else None
     results = pool.map(_write_one, jobs, chunksize=4) if pool else map(_write_one, jobs)
-    for rows, fact in tqdm(results, total=cfg.n, desc="clips", unit="clip"):
+    for rows, fact in tqdm(results, total=cfg.n, desc=f"{cfg.level} clips", unit="clip", disable=not progress):
         samples += rows
         truth.append(fact)
     if pool: pool.shutdown()

@@ -7,8 +7,8 @@ __all__ = ['PLAIN', 'MEMORY', 'moving', 'bench_clips', 'plain_decord', 'plain_de
            'plain_pyav_seek', 'plain_torchcodec', 'decode_all', 'available', 'seconds_of', 'rss_growth', 'fixtures',
            'exact_fraction', 'measure', 'over_fastest', 'run']
 
-# %% ../../nbs/benchmarks/decode.ipynb #4a4879f3
-import json, os, resource, subprocess, sys, tempfile, time
+# %% ../../nbs/benchmarks/decode.ipynb #834b644e
+import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from ..data import best_video, probe, timeline, write_video
 from ..frames import cached_timeline, exactness, plan_frames, read_frames
 
-# %% ../../nbs/benchmarks/decode.ipynb #11861175
+# %% ../../nbs/benchmarks/decode.ipynb #d8c5b9a6
 def moving(n, w, h, seed=0):
     "Yield n frames of a pan over a texture with a moving block."
     from PIL import Image
@@ -37,7 +37,7 @@ def bench_clips(folder, seconds=60, size=(1280, 720), fps=24, progress=True) -> 
         if not p.exists(): write_video(p, tqdm(moving(n, *size), total=n, desc=f"write {p.name}", disable=not progress), fps=fps, gop=gop, bframes=3)
     return out
 
-# %% ../../nbs/benchmarks/decode.ipynb #63fca234
+# %% ../../nbs/benchmarks/decode.ipynb #d2c34485
 def plain_decord(path, idx, times):
     import decord
     return decord.VideoReader(str(path)).get_batch(idx).asnumpy()
@@ -72,7 +72,7 @@ def plain_torchcodec(path, idx, times):
 
 PLAIN = dict(decord=plain_decord, decord_small=plain_decord_small, pyav_sequential=plain_pyav_sequential, pyav_seek=plain_pyav_seek, torchcodec=plain_torchcodec)
 
-# %% ../../nbs/benchmarks/decode.ipynb #62c332db
+# %% ../../nbs/benchmarks/decode.ipynb #00038e67
 def decode_all(path):
     "Decode every frame and convert none: the least that reading everything can cost."
     import av
@@ -94,14 +94,14 @@ def seconds_of(fns:dict, repeat:int, budget_s:float=1e9) -> dict:
             t = time.perf_counter(); f(); best[k] = min(best.get(k, 1e9), time.perf_counter()-t)
     return best
 
-# %% ../../nbs/benchmarks/decode.ipynb #679968db
+# %% ../../nbs/benchmarks/decode.ipynb #4c3974b7
 MEMORY = """
 import resource, sys
 import av, numpy as np
 from video_vlm.frames import read_frames
 start = int(open('/proc/self/statm').read().split()[1])*resource.getpagesize()/2**20
 read_frames(sys.argv[1], np.arange(0, float(sys.argv[2]), 1.), 224)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024-start)
+print(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])/1024-start)
 """
 
 def rss_growth(path) -> float:
@@ -109,7 +109,7 @@ def rss_growth(path) -> float:
     r = subprocess.run([sys.executable, "-c", MEMORY, str(path), str(probe(path).duration)], capture_output=True, text=True, check=True)
     return round(float(r.stdout), 1)
 
-# %% ../../nbs/benchmarks/decode.ipynb #e9632137
+# %% ../../nbs/benchmarks/decode.ipynb #4d57035e
 def fixtures(folder) -> list:
     "Write the difficult files; what this build cannot encode is left out."
     os.environ.setdefault("SVT_LOG", "0") # the AV1 encoder is talkative
@@ -131,7 +131,7 @@ def exact_fraction(paths) -> float:
     rs = [exactness(p) for p in paths]
     return sum(r["equal_times"] == 1 and r["diff"] <= 2 for r in rs)/len(rs)
 
-# %% ../../nbs/benchmarks/decode.ipynb #6a2d58db
+# %% ../../nbs/benchmarks/decode.ipynb #9cba301a
 def measure(path, names, repeat) -> dict:
     "Seconds of this reader and of each plain way, for 16 frames and for one a second, and of decoding everything."
     line, out = timeline(path), {}
@@ -147,7 +147,7 @@ def measure(path, names, repeat) -> dict:
 
 def over_fastest(d): return d["ours"]/min(v for k, v in d.items() if k != "ours")
 
-# %% ../../nbs/benchmarks/decode.ipynb #a73c8661
+# %% ../../nbs/benchmarks/decode.ipynb #00659cfd
 def run(quick:bool=False, folder=None, progress:bool=True) -> dict:
     "Figures of `bench decode`; `quick` takes shorter, smaller clips and one round, for a look."
     names, notes = available()
