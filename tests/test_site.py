@@ -40,7 +40,8 @@ def test_symbols_are_documented(site):
         text = nb.read_text(encoding="utf-8")
         names = {m for c in json.loads(text)["cells"] if c["cell_type"] == "code" and re.match(r"#\|\s*exports?\s*$", ("".join(c["source"]).splitlines() or [""])[0])
                  for m in re.findall(r"^(?:def|class)\s+([A-Za-z]\w*)", "".join(c["source"]), re.M)}
-        undocumented += [f"{page_of(nb)}: {n}" for n in sorted(names) if n not in site[page_of(nb)].ids and n.lower() not in site[page_of(nb)].ids]
+        places = {i.lower() for i in site[page_of(nb)].ids} | {i.lower().rsplit(".", 1)[-1] for i in site[page_of(nb)].ids}   # a patched method is Class.method there
+        undocumented += [f"{page_of(nb)}: {n}" for n in sorted(names) if n.lower() not in places]
     assert not undocumented, "\n".join(undocumented)
 
 def test_no_broken_links(site):

@@ -53,7 +53,7 @@ def test_planted_leaks_of_metadata():
 def built(tmp_path_factory):
     d = tmp_path_factory.mktemp("built"); v = d/"v"; v.mkdir()
     for k in range(6): write_video(v/f"{k}.mp4", moving_discs(k, seconds=3.), fps=12)
-    write_video(v/"0_low.mp4", moving_discs(0, seconds=3.), fps=12, crf=38); write_video(v/"1_part.mp4", moving_discs(1, seconds=3.)[8:], fps=12)
+    write_video(v/"0_low.mp4", moving_discs(0, seconds=3.), fps=12, crf=38); write_video(v/"1_part.mp4", moving_discs(1, seconds=3.)[9:], fps=12)
     (v/"2_same.mp4").write_bytes((v/"2.mp4").read_bytes())
     st = ingest(v, d/"00", IngestConfig(progress=False)); de = dedup(st, d/"01", CFG)
     return d, st, de

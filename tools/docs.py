@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROC, DOCS, NBS = ROOT/"_proc", ROOT/"_docs", ROOT/"nbs"
 
 SOURCE_LINK = re.compile(r"\[source\]\([^)]*\)\{[^}]*\}\s*")   # to a file on GitHub; the page carries the source itself
+FOREIGN_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)\s]*\.md\)")   # in a docstring inherited from another package
 SYMBOL_LINK = re.compile(r'<a href="([^"#]*)#([^"]+)"([^>]*)>(\s*<code\b)')
 
 # ---- notebooks to pages
@@ -70,7 +71,7 @@ def local_links(base):
         for c in nb["cells"]:
             if c["cell_type"] == "markdown": c["source"] = mend("".join(c["source"]))
             for o in c.get("outputs", []):
-                if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = SOURCE_LINK.sub("", mend("".join(o["data"]["text/markdown"])))
+                if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = FOREIGN_LINK.sub(r"\1", SOURCE_LINK.sub("", mend("".join(o["data"]["text/markdown"]))))
         stamp = p.stat()
         p.write_text(json.dumps(nb), encoding="utf-8")
         os.utime(p, (stamp.st_atime, stamp.st_mtime))

@@ -6,7 +6,7 @@
 __all__ = ['VisualTokens', 'EncoderConfig', 'tiny_encoder_config', 'GroupPool', 'VideoEncoder', 'group_frames', 'shrink_tokens',
            'encode_many', 'encode', 'clip_vector']
 
-# %% ../nbs/03_encoder.ipynb #dbe1941f
+# %% ../nbs/03_encoder.ipynb #58e8a92b
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from .data import VideoVLMError
 
-# %% ../nbs/03_encoder.ipynb #61de4039
+# %% ../nbs/03_encoder.ipynb #085a04f6
 @dataclass(frozen=True)
 class VisualTokens:
     "Visual tokens of one clip under one plan."
@@ -31,7 +31,7 @@ class VisualTokens:
     @property
     def n_tokens(self): return self.tokens.shape[0]*self.tokens.shape[1]
 
-# %% ../nbs/03_encoder.ipynb #e5b337f1
+# %% ../nbs/03_encoder.ipynb #43e9d7ea
 class EncoderConfig(PreTrainedConfig):
     "Tower and pool. `tower` holds the fields of `SiglipVisionConfig`."
     model_type = "video_vlm_encoder"
@@ -55,7 +55,7 @@ def tiny_encoder_config(**kw):
     tower = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=128, patch_size=16)
     return EncoderConfig(tower=tower, **kw)
 
-# %% ../nbs/03_encoder.ipynb #791aca24
+# %% ../nbs/03_encoder.ipynb #05b54ad8
 class GroupPool(nn.Module):
     "Patches of a group of frames -> N tokens. `mix` puts one transformer layer over space and time before the mean."
     def __init__(self, cfg):
@@ -82,7 +82,7 @@ class GroupPool(nn.Module):
         w = mask_Gg.to(x.dtype)[..., None, None]
         return (x*w).sum(1)/w.sum(1)
 
-# %% ../nbs/03_encoder.ipynb #fa1e6e6c
+# %% ../nbs/03_encoder.ipynb #0bae5489
 class VideoEncoder(PreTrainedModel):
     "SigLIP tower and group pool: groups of frames -> visual tokens."
     config_class = EncoderConfig
@@ -123,7 +123,7 @@ class VideoEncoder(PreTrainedModel):
 AutoConfig.register("video_vlm_encoder", EncoderConfig, exist_ok=True)
 AutoModel.register(EncoderConfig, VideoEncoder, exist_ok=True)
 
-# %% ../nbs/03_encoder.ipynb #8b6ca5b0
+# %% ../nbs/03_encoder.ipynb #ca278a3d
 def group_frames(frames, g):
     "Frames uint8 [T, S, S, 3] -> pixels float [M, g, 3, S, S] in -1..1 and mask bool [M, g]; the last group may be partial."
     T = len(frames)
@@ -143,7 +143,7 @@ def shrink_tokens(tokens_MND, n):
     x = tokens_MND.astype(np.float32).reshape(M, b, a//b, b, a//b, D).mean((2, 4))
     return x.reshape(M, n, D).astype(np.float16)
 
-# %% ../nbs/03_encoder.ipynb #65ef5610
+# %% ../nbs/03_encoder.ipynb #0ee6ac1c
 def _autocast(device): return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def encode(encoder, frames, plan, batch=32):
 
 VideoEncoder.encode, VideoEncoder.encode_many = encode, encode_many
 
-# %% ../nbs/03_encoder.ipynb #c7c525a2
+# %% ../nbs/03_encoder.ipynb #e4e88eee
 def clip_vector(tokens_MND):
     "One unit vector float32 [D] of a clip, from its stored tokens."
     v = np.asarray(tokens_MND, np.float32).mean((0, 1))

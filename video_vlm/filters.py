@@ -7,7 +7,7 @@ __all__ = ['RULES', 'VERSIONS', 'RECOGNISERS', 'Rule', 'FilterConfig', 'picture_
            'find_persons', 'find_pii', 'redact', 'language_scores', 'clip_texts', 'text_scores', 'calibrate',
            'pick_threshold', 'measure', 'decide', 'funnel', 'filter_clips', 'load_kept', 'plot_funnel', 'funnel_report']
 
-# %% ../nbs/00b_filters.ipynb #b6b4089e
+# %% ../nbs/00b_filters.ipynb #1ccc64fe
 import json, os, re, threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from .data import VideoVLMError, atomic_write, finish_stage, isolated, load_clips, open_stage, read_small
 
-# %% ../nbs/00b_filters.ipynb #702385d1
+# %% ../nbs/00b_filters.ipynb #6e65e9a7
 @dataclass(frozen=True)
 class Rule:
     "Accept scores from `low` to `high`; `missing` says what becomes of a clip without a score."
@@ -46,7 +46,7 @@ class FilterConfig:
 
 VERSIONS = dict(duration="1", resolution="1", black="1", frozen="1", sharpness="1", motion="1", pii="1", language="1", agreement="1", unsafe="1")
 
-# %% ../nbs/00b_filters.ipynb #34b7386a
+# %% ../nbs/00b_filters.ipynb #282ae18a
 def picture_scores(frames:np.ndarray, times:np.ndarray) -> dict:
     "Scores of uint8 [T,h,w,3] frames at `times` [T] seconds: black, frozen (shares), sharpness (variance of the Laplacian), motion (grey levels a second)."
     import cv2
@@ -57,7 +57,7 @@ def picture_scores(frames:np.ndarray, times:np.ndarray) -> dict:
     change = np.abs(np.diff(grey.astype(np.int16), axis=0)).mean((1, 2)); dt = np.maximum(np.diff(times), 1e-3)
     return dict(black=float(black), frozen=float((change < .25).mean()), sharpness=float(sharp), motion=float(np.mean(change/np.maximum(dt, .2))))
 
-# %% ../nbs/00b_filters.ipynb #6bdc8995
+# %% ../nbs/00b_filters.ipynb #eaa159bf
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
 _NAME = re.compile(r"\b([A-Z][a-z]+)((?:\s+[A-Z]\.?)?\s+[A-Z][a-z]{2,})\b")
 
@@ -86,7 +86,7 @@ def redact(text:str, recognisers=RECOGNISERS) -> str:
     for kind, a, b in reversed(find_pii(text, recognisers)): text = text[:a] + f"<{kind}>" + text[b:]
     return text
 
-# %% ../nbs/00b_filters.ipynb #9f8e7574
+# %% ../nbs/00b_filters.ipynb #187f3049
 @lru_cache(None)
 def _languages():
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -105,7 +105,7 @@ def text_scores(clip, cfg:FilterConfig=None) -> dict:
     lang = language_scores(" ".join(texts))
     return dict(pii=float(sum(len(find_pii(t)) for t in texts)), language=float(sum(lang.get(k, 0) for k in languages)) if lang else None)
 
-# %% ../nbs/00b_filters.ipynb #7259534d
+# %% ../nbs/00b_filters.ipynb #4c466d43
 def calibrate(scores, labels, steps:int=200):
     "Platt scaling: a function score -> probability, fitted to labelled scores (1 = unsafe)."
     s, y = np.asarray(scores, float), np.asarray(labels, float)
@@ -121,7 +121,7 @@ def pick_threshold(probabilities, labels, recall:float=.95) -> float:
     p = np.sort(np.asarray(probabilities)[np.asarray(labels) > 0])
     return float(p[int(np.floor((1-recall)*len(p)))])
 
-# %% ../nbs/00b_filters.ipynb #abfd037c
+# %% ../nbs/00b_filters.ipynb #78165de6
 def _look(uri, duration, n, size):
     times = np.linspace(0, max(0., duration-1e-3), max(2, n)); return read_small(uri, times, size), times
 
@@ -132,7 +132,7 @@ def measure(clip, cfg:FilterConfig=FilterConfig(), agreement=None, unsafe=None) 
     return dict(duration=clip.duration, resolution=float(min(clip.width, clip.height)), **picture_scores(frames, times), **text_scores(clip, cfg),
                 agreement=None if agreement is None or not texts else float(agreement(frames, texts)), unsafe=None if unsafe is None else float(unsafe(frames)))
 
-# %% ../nbs/00b_filters.ipynb #e9f178f4
+# %% ../nbs/00b_filters.ipynb #32710aec
 def _table(path, rows, columns):
     import pyarrow as pa, pyarrow.parquet as pq
     kinds = dict(score=pa.float64(), low=pa.float64(), high=pa.float64(), ok=pa.bool_())
@@ -164,6 +164,7 @@ def funnel(rows, order) -> list:
         lost = left & bad.get(k, set()); left -= lost; out.append(dict(filter=k, lost=len(lost), left=len(left), examples=sorted(lost)[:4]))
     return out
 
+# %% ../nbs/00b_filters.ipynb #2da89437
 def filter_clips(stage_folder, out, cfg:FilterConfig=FilterConfig(), agreement=None, unsafe=None) -> Path:
     """Measure the clips of an ingest folder that have no scores of the present versions, then `decide`; returns `out`.
 
@@ -189,7 +190,7 @@ def load_kept(out) -> list:
     open_stage(out); rows = _read(Path(out)/"decisions.parquet"); bad = {r["id"] for r in rows if not r["ok"]}
     return sorted({r["id"] for r in rows} - bad)
 
-# %% ../nbs/00b_filters.ipynb #39b8867b
+# %% ../nbs/00b_filters.ipynb #2bf1d973
 def plot_funnel(out):
     "Horizontal bars: clips left after each filter (figure of matplotlib)."
     import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'MOTION_WEIGHT', 'WORD_SETS', 'PretrainConfig', 'unnamed',
            'train_tower', 'scene_plan', 'scene_tokens', 'word_targets', 'word_loss', 'lm_data', 'lm_model',
            'token_words', 'lm_recipe', 'train_lm', 'make_checkpoint', 'checkpoint_folder']
 
-# %% ../nbs/05b_pretrain.ipynb #f983a49a
+# %% ../nbs/05b_pretrain.ipynb #1959d651
 import json, os, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .model import assemble, save_checkpoint, text_ids, tiny, tiny_tokenizer
 from .training import ClipSet, make_batch, train, whole
 from .world import ACTIONS, COLOURS, LEVELS, SHAPES, TEXTURES, is_held_out, make_scene, render, samples_of, truth_maps
 
-# %% ../nbs/05b_pretrain.ipynb #43e7e3f8
+# %% ../nbs/05b_pretrain.ipynb #265aa39d
 @dataclass(frozen=True)
 class PretrainConfig:
     "What the checkpoint of the preset `tiny` is made of."
@@ -42,7 +42,7 @@ class PretrainConfig:
     fps:float = 4. # Sampling of a clip
     max_frames:int = 24
 
-# %% ../nbs/05b_pretrain.ipynb #29532702
+# %% ../nbs/05b_pretrain.ipynb #b8fbc7c9
 PALETTE = np.array(list(COLOURS.values()), float)
 
 def unnamed(shape, rng):
@@ -57,7 +57,7 @@ def recolour(scene, rng, share=.4):
     "Give `share` of the objects a colour without a name."
     return replace(scene, things=tuple(replace(o, colour=unnamed(o.shape, rng)) if rng.random() < share else o for o in scene.things))
 
-# %% ../nbs/05b_pretrain.ipynb #4aab683d
+# %% ../nbs/05b_pretrain.ipynb #5473d67f
 def degrade(frames, size, rng):
     "Compression and a resize, as a real file would have had: uint8 [T, H, W, 3] -> [T, size, size, 3]."
     if rng.random() < .6:
@@ -71,7 +71,7 @@ def moments(scene, rng, k, dt):
     t = [rng.uniform(x.start-.15, x.end-.1) if rng.random() < .75 else rng.uniform(0, scene.seconds) for x in e]
     return np.clip(t, 0, max(scene.seconds-dt, 0))
 
-# %% ../nbs/05b_pretrain.ipynb #3cc38ff8
+# %% ../nbs/05b_pretrain.ipynb #3c335d01
 def labels_of(things):
     "Class of colour, shape and texture per thing, one more row for 'nothing': int [things+1, 3], -100 is not asked."
     idx = lambda x, l: list(l).index(x) if x in l else -100
@@ -95,7 +95,7 @@ def cell_motion(owner, first, last, dt, grid=4):
         out[j] = np.stack([(mid[:, 0]-cx)*grid, (mid[:, 1]-cy)*grid, mid[:, 2]*5, v[:, 0]*3, v[:, 1]*3, grow*2, np.minimum(np.abs(v[:, 3]), 6)/3, v[:, 4], mid[:, 4]], 1)*(o >= 0)[:, None]
     return out
 
-# %% ../nbs/05b_pretrain.ipynb #66451c3a
+# %% ../nbs/05b_pretrain.ipynb #7981d66e
 def tower_example(seed, k=3, size=128):
     "`k` groups of two frames of one scene with their targets, as a dict of arrays."
     rng = np.random.default_rng(seed+10**9)
@@ -109,7 +109,7 @@ def tower_example(seed, k=3, size=128):
     return dict(frames=frames.reshape(k, 2, size, size, 3), patch=labels[patches], cell=labels[owner], motion=cell_motion(owner, states[:, 0], states[:, 1], dt),
                 patch_is=(patches >= 0).astype(np.float32), cell_is=(owner >= 0).astype(np.float32))
 
-# %% ../nbs/05b_pretrain.ipynb #5a18050b
+# %% ../nbs/05b_pretrain.ipynb #467c3a0d
 MOTION_WEIGHT = (1, 1, 1, 4, 4, 2, 1, 1, 1)   # velocity is the hardest to see and the most asked for
 
 class Heads(nn.Module):
@@ -142,7 +142,7 @@ def tower_loss(encoder, heads, b):
     shape_right = (C[..., 9:15].argmax(-1) == b["cell"][..., 1])[b["cell"][..., 1] >= 0]
     return found+.5*pc+ps+.5*cc+cs+.3*ct+4*move, dict(shape=shape_right.float().mean().item(), heading=F.cosine_similarity(M[..., 3:5], b["motion"][..., 3:5], dim=-1)[fast].mean().item())
 
-# %% ../nbs/05b_pretrain.ipynb #98f3e0fe
+# %% ../nbs/05b_pretrain.ipynb #0da5df4c
 class TowerBatches(torch.utils.data.IterableDataset):
     "Endless batches of fresh scenes, beginning at `step`."
     def __init__(self, cfg, step): self.cfg, self.step = cfg, step
@@ -180,7 +180,7 @@ def train_tower(out, cfg=PretrainConfig(), workers=1):
     encoder.half().float().save_pretrained(out/"encoder")      # what is kept in half precision is what later stages see
     return out/"encoder"
 
-# %% ../nbs/05b_pretrain.ipynb #dff0a471
+# %% ../nbs/05b_pretrain.ipynb #4f0da930
 def _tower_step(encoder, heads, opts, batch, lr, out, step):
     "One step of all optimisers at rate `lr`, logged every 50 steps."
     loss, watched = tower_loss(encoder, heads, batch)
@@ -198,7 +198,7 @@ def _save_tower(encoder, heads, step, out):
     torch.save(dict(encoder=encoder.state_dict(), heads=heads.state_dict(), step=step), out/"state.tmp")
     os.replace(out/"state.tmp", out/"state.pt")
 
-# %% ../nbs/05b_pretrain.ipynb #e9227fcb
+# %% ../nbs/05b_pretrain.ipynb #469ad63a
 def scene_plan(scene, cfg=PretrainConfig(), size=128):
     "The plan that the clip of a scene would get."
     clip = SimpleNamespace(duration=scene.seconds, n_frames=int(scene.seconds*scene.fps), keyframes=(), uri="")
@@ -211,7 +211,7 @@ def scene_tokens(encoder, scene, cfg=PretrainConfig()):
     starts, ends = np.array(plan.group_spans).T
     return VisualTokens(encoder.encode(frames, plan), starts, ends, f"{scene.level}-{scene.seed}"), plan
 
-# %% ../nbs/05b_pretrain.ipynb #0f49ae54
+# %% ../nbs/05b_pretrain.ipynb #65bc5e66
 WORD_SETS = (tuple(COLOURS), SHAPES, ("left", "right"), ("up", "down"))
 
 def word_targets(scene, plan):
@@ -236,10 +236,10 @@ def word_loss(model, tokens, targets, tokenizer):
         if (labels >= 0).any(): loss = loss+F.cross_entropy(12*z @ F.normalize(table[ids], dim=-1).T, labels, ignore_index=-100)
     return loss
 
-# %% ../nbs/05b_pretrain.ipynb #870460b2
+# %% ../nbs/05b_pretrain.ipynb #23a9e85b
 def lm_data(encoder, cfg=PretrainConfig(), progress=True):
     "Clips for the language model: (ClipSet, word targets by clip id). Levels are mixed 20/65/15."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     ids, samples, tokens, words = [], [], {}, {}
     for k in tqdm(range(cfg.clips), desc="clips", disable=not progress):
         level = ("easy", "medium", "hard")[np.searchsorted([.2, .85], np.random.default_rng([cfg.seed, k]).random())]
@@ -248,6 +248,7 @@ def lm_data(encoder, cfg=PretrainConfig(), progress=True):
         ids.append(vt.key); samples.append(samples_of(scene, vt.key)); tokens[vt.key] = vt; words[vt.key] = word_targets(scene, plan)
     return ClipSet(ids, samples, tokens.get), words
 
+# %% ../nbs/05b_pretrain.ipynb #2ba98c66
 def lm_model(encoder, data, cfg=PretrainConfig()):
     "A fresh language model with a tokenizer learnt from the questions and answers of `data`."
     from transformers import AutoModelForCausalLM
@@ -257,6 +258,7 @@ def lm_model(encoder, data, cfg=PretrainConfig()):
     text = tiny(len(tokenizer), cfg.width, cfg.layers).text_config
     return assemble(encoder, AutoModelForCausalLM.from_config(text), tokenizer, sampling=dict(fps=cfg.fps, max_frames=cfg.max_frames))
 
+# %% ../nbs/05b_pretrain.ipynb #fba09e5b
 def token_words(words, tokenizer, weight=.5):
     "The `extra` of `train`: word loss of the clips that a batch shows."
     def extra(model, batch, clips):
@@ -285,7 +287,7 @@ def make_checkpoint(out="runs/pretrain", cfg=PretrainConfig()):
     (half/"pretrain.json").write_text(json.dumps(asdict(cfg), indent=1))
     return half
 
-# %% ../nbs/05b_pretrain.ipynb #647582dd
+# %% ../nbs/05b_pretrain.ipynb #1d6d4713
 def checkpoint_folder(preset="tiny"):
     "Folder of the checkpoint of a preset that comes with the package."
     folder = Path(__file__).parent/"checkpoints"/preset

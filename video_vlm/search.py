@@ -7,7 +7,7 @@ __all__ = ['CITATION', 'SearchError', 'SearchConfig', 'Hit', 'segments', 'text_b
            'words_only', 'fuse', 'sample_recall', 'diversify', 'rerank', 'find_moment', 'cite', 'check_citations',
            'index_clips']
 
-# %% ../nbs/06_search.ipynb #0cbbf8cf
+# %% ../nbs/06_search.ipynb #f0a2824f
 import json, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from .data import VideoVLMError, atomic_write
 from .encoder import VisualTokens, clip_vector
 
-# %% ../nbs/06_search.ipynb #0016ea02
+# %% ../nbs/06_search.ipynb #5c3be0b5
 class SearchError(VideoVLMError): "A search or an index that cannot be done as asked."
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Hit:
     text:str = ""
     tenant:str = ""
 
-# %% ../nbs/06_search.ipynb #142edc42
+# %% ../nbs/06_search.ipynb #00de035f
 def segments(vt, cfg=SearchConfig()):
     "Cut `VisualTokens` into overlapping pieces of about `cfg.segment` seconds; every moment is in at least one."
     step, out, t = cfg.segment-cfg.overlap, [], float(vt.starts[0])
@@ -64,7 +64,7 @@ def rows_of(clip, vt, vector=lambda s: clip_vector(s.tokens), tenant="", caption
                         vector=np.asarray(vector(s), np.float32)))
     return out
 
-# %% ../nbs/06_search.ipynb #427acb5d
+# %% ../nbs/06_search.ipynb #ef2ae0d8
 def quoted(value):
     "A string as a literal of the filter language."
     return "'"+str(value).replace("'", "''")+"'"
@@ -105,7 +105,7 @@ class Index:
         if len(self) >= self.cfg.exact_below and not any("vector" in i.columns for i in self.table.list_indices()):
             self.table.create_index(metric="cosine", vector_column_name="vector")
 
-# %% ../nbs/06_search.ipynb #a927a2d7
+# %% ../nbs/06_search.ipynb #1eabdf98
 def _where(tenant, clips, before):
     "Filter of a search, or None."
     parts = [f"tenant = {quoted(tenant)}"] if tenant is not None else []
@@ -147,7 +147,7 @@ def fuse(rankings, c=60):
             first.setdefault(key, h)
     return [replace(first[k], score=s) for k, s in sorted(score.items(), key=lambda x: -x[1])]
 
-# %% ../nbs/06_search.ipynb #18deaa74
+# %% ../nbs/06_search.ipynb #8e69ab36
 def sample_recall(index, queries=20, k=10, seed=0):
     "Share of the true `k` nearest rows that `search` finds, for `queries` random rows of the index (brute force over all vectors)."
     t = index.table.to_arrow()
@@ -170,7 +170,7 @@ def diversify(hits, vectors, k=10, weight=.6):
         out.append(left.pop(int((weight*rel[left]-(1-weight)*same).argmax())))
     return [hits[i] for i in out]
 
-# %% ../nbs/06_search.ipynb #c83b386c
+# %% ../nbs/06_search.ipynb #b2726bb4
 def rerank(hits, query, tokens, model, processor, top=20):
     "Order the first `top` hits by log p(query | segment) - log p(query). `tokens`: clip id -> VisualTokens of the whole clip."
     from video_vlm.model import caption_scores
@@ -187,7 +187,7 @@ def find_moment(query, tokens, model, processor):
     from video_vlm.model import ground
     return [(a, b) for a, b in ground(model, processor, tokens, query) if a < float(tokens.ends[-1])]
 
-# %% ../nbs/06_search.ipynb #1980e15f
+# %% ../nbs/06_search.ipynb #6e505450
 CITATION = re.compile(r"\s*\[([\w\-]+) (\d+(?:\.\d+)?)s?\s*-\s*(\d+(?:\.\d+)?)s?\]")
 
 def cite(h): return f"[{h.clip} {h.start:.1f}s-{h.end:.1f}s]"
@@ -204,7 +204,7 @@ def check_citations(text, hits, slack=.1):
         return m[0]
     return CITATION.sub(keep, text), good, bad
 
-# %% ../nbs/06_search.ipynb #7abe7937
+# %% ../nbs/06_search.ipynb #f17d3d6c
 def index_clips(folder, clips, tokens, vector, fingerprint, tenant="", cfg=SearchConfig(), progress=True):
     "Index clips (objects with id, captions, transcript) from their stored tokens; returns the Index. Clips that are there are replaced."
     from tqdm import tqdm

@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'SplitConfig', 'source_video', 'atoms', 'unit_hash', 'side',
            'split', 'load_splits', 'audit', 'benchmark_texts', 'text_overlap', 'footage_overlap', 'decontaminate',
            'load_removed', 'plot_split']
 
-# %% ../nbs/01a_splits.ipynb #9b30049c
+# %% ../nbs/01a_splits.ipynb #9ca1540e
 import csv, hashlib, json, tempfile
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +16,7 @@ import numpy as np
 from .data import IngestConfig, VideoVLMError, atomic_write, finish_stage, ingest, load_clips, open_stage
 from .dedup import DedupConfig, Signature, _file, _Union, _words, _write_table, compare, dedup, load_clusters, lookup, same_text, signatures
 
-# %% ../nbs/01a_splits.ipynb #25c0e8e1
+# %% ../nbs/01a_splits.ipynb #23c39b78
 @dataclass(frozen=True)
 class SplitConfig:
     "How clips are divided."
@@ -32,7 +32,7 @@ class SplitConfig:
 
 NAMES = ("train", "val", "test")
 
-# %% ../nbs/01a_splits.ipynb #e55aab2a
+# %% ../nbs/01a_splits.ipynb #aa219d12
 def source_video(c) -> str:
     "The video that a clip was cut from, '' where that is not known."
     for f in c.flags:
@@ -53,7 +53,7 @@ def atoms(clips, clusters:dict, cfg:SplitConfig=SplitConfig()) -> dict:
     for i, c in enumerate(clips): name[u.find(i)] = min(name.get(u.find(i), c.id), c.id)
     return {c.id: name[u.find(i)] for i, c in enumerate(clips)}
 
-# %% ../nbs/01a_splits.ipynb #07bd4f31
+# %% ../nbs/01a_splits.ipynb #e6510616
 def unit_hash(*parts) -> float:
     "A number in [0,1) that depends on the parts alone."
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "big")/2**64
@@ -92,7 +92,7 @@ def _by_time(members, cfg, out):
         lo, hi = (when[order[min(int(np.searchsorted(n, f)), len(order)-1)]] for f in np.cumsum(cfg.fractions)[:2])
     return {**{a: "train" if when[a] <= lo else "val" if when[a] <= hi else "test" for a in order}, **out}
 
-# %% ../nbs/01a_splits.ipynb #06738612
+# %% ../nbs/01a_splits.ipynb #8f0f3df9
 @dataclass(frozen=True)
 class Leak:
     "Two clips on different sides that should not be."
@@ -115,6 +115,7 @@ class Audit:
     def raise_for_leaks(self):
         if self.leaks: raise VideoVLMError(f"{self.n_leaks} leaks between splits {self.by_kind}, the first: {self.leaks[0]}")
 
+# %% ../nbs/01a_splits.ipynb #5a804482
 def _across(groups, split, kind):
     "One leak for each value that is met on more than one side: the first clip against the first of every other side."
     for value, ids in groups.items():
@@ -145,7 +146,7 @@ def audit_clips(clips, split:dict, footage=(), similar_text:float=.9, captions_l
         if split[a] != split[b] and frozenset((a, b)) not in seen: same.append(Leak("caption", a, b, (split[a], split[b]), texts[i][1][:80])); seen.add(frozenset((a, b)))
     return Audit(leaks + (same if captions_leak else []), [] if captions_leak else same, dict(clips=len(used)))
 
-# %% ../nbs/01a_splits.ipynb #b3cacf4f
+# %% ../nbs/01a_splits.ipynb #6e637bed
 def split(ingest_folder, dedup_folder, out, cfg:SplitConfig=SplitConfig(), exclude=()) -> Path:
     """Assign every clip of an ingest folder to a side; writes `splits.parquet` (id, split, atom) and returns `out`.
 
@@ -177,7 +178,7 @@ def load_splits(folder) -> dict:
     open_stage(folder); t = pq.read_table(Path(folder)/"splits.parquet")
     return dict(zip(t["id"].to_pylist(), t["split"].to_pylist()))
 
-# %% ../nbs/01a_splits.ipynb #af4b117b
+# %% ../nbs/01a_splits.ipynb #8af5b34d
 def _bytes_leaks(stage, split):
     "The same bytes on two sides: rejected rows of the manifest name the first of their kind."
     for c in load_clips(stage, rejected=True):
@@ -199,7 +200,7 @@ def audit(ingest_folder, split_folder, dedup_folder=None, captions_leak:bool=Fal
     found.leaks += list(_bytes_leaks(ingest_folder, given))
     return found
 
-# %% ../nbs/01a_splits.ipynb #602984d0
+# %% ../nbs/01a_splits.ipynb #9fd4ac29
 def _strings(x, least=5):
     "All texts of at least `least` words in nested lists and dicts."
     if isinstance(x, str):
@@ -239,7 +240,7 @@ def footage_overlap(dedup_folder, clips, bench_stage, out, cfg:DedupConfig=Dedup
         if m.is_duplicate: hits.append((have[i].id, ids[j], round(m.score, 3)))
     return hits + [(c.id, c.id, 1.) for c in clips if c.id in bench]
 
-# %% ../nbs/01a_splits.ipynb #dee6c166
+# %% ../nbs/01a_splits.ipynb #b2db0b37
 def decontaminate(ingest_folder, dedup_folder, out, videos=None, texts=(), text_threshold:float=.8, cfg:DedupConfig=DedupConfig()) -> Path:
     """Find the clips of an ingest folder that a benchmark asks about. `videos`: its files (folder, glob, list or ingest folder); `texts`: annotation files.
 
@@ -271,7 +272,7 @@ def load_removed(folder) -> dict:
     open_stage(folder); t = pq.read_table(Path(folder)/"removed.parquet")
     return dict(zip(t["id"].to_pylist(), t["reason"].to_pylist()))
 
-# %% ../nbs/01a_splits.ipynb #06dd77ac
+# %% ../nbs/01a_splits.ipynb #2f5a270a
 def plot_split(clips, split:dict, key=None):
     "Bars: clips of each split, by the value of `key(clip)` (default: length rounded to seconds)."
     import matplotlib.pyplot as plt

@@ -7,7 +7,7 @@ __all__ = ['PREPROCESSING', 'DTYPES', 'token_key', 'quantise', 'dequantise', 'in
            'label', 'read_header', 'unpack', 'TokenStore', 'Ledger', 'file_id', 'source_of', 'make_tokens',
            'visual_tokens']
 
-# %% ../nbs/03a_store.ipynb #a14ab053
+# %% ../nbs/03a_store.ipynb #5419d9a9
 import hashlib, json, math, os, re, threading, time, uuid, weakref
 from collections import Counter, OrderedDict
 from concurrent.futures import CancelledError, Future
@@ -23,7 +23,7 @@ from .data import VideoVLMError, content_id as hash_file
 from .encoder import VisualTokens
 from .frames import read_frames
 
-# %% ../nbs/03a_store.ipynb #19bf4280
+# %% ../nbs/03a_store.ipynb #5d422af8
 PREPROCESSING = "video_vlm.frames/1"   # change it when decoding or resizing changes what the encoder sees
 
 def token_key(content_id:str, # sha256 of the video's bytes
@@ -39,7 +39,7 @@ def token_key(content_id:str, # sha256 of the video's bytes
         h.update(len(raw).to_bytes(8, "little")+raw)
     return h.hexdigest()
 
-# %% ../nbs/03a_store.ipynb #e98a7ecb
+# %% ../nbs/03a_store.ipynb #de1da6fd
 def quantise(tokens:np.ndarray # float16 [M, N, D], finite
             )->tuple: # int8 [M, N, D], float32 scale of each token [M, N, 1], float32 scale of each dimension [D]
     "Symmetric int8 with a scale for each token and one for each dimension."
@@ -64,7 +64,7 @@ def int8_error(tokens:np.ndarray # float16 [M, N, D]
     x, back = tokens.astype(np.float32), dequantise(*quantise(tokens)).astype(np.float32)
     return float((np.linalg.norm(x-back, axis=-1)/np.maximum(np.linalg.norm(x, axis=-1), 1e-9)).max())
 
-# %% ../nbs/03a_store.ipynb #c2efe907
+# %% ../nbs/03a_store.ipynb #4bdd5618
 class DamagedEntry(VideoVLMError):
     "A file of the store that is not what its name and checksum say."
     code = "damaged_entry"
@@ -89,7 +89,7 @@ def label(kind, name)->str:
     "A file name for any content id or tenant: a hash, so that no name can point elsewhere."
     return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()
 
-# %% ../nbs/03a_store.ipynb #d0d8c038
+# %% ../nbs/03a_store.ipynb #c18c4e56
 DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I8=np.int8)
 
 def read_header(raw)->tuple:
@@ -119,7 +119,7 @@ def unpack(raw:bytes, # The whole file
     except DamagedEntry: raise
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, VideoVLMError) as e: raise DamagedEntry(f"unreadable: {e}") from e
 
-# %% ../nbs/03a_store.ipynb #3a2c29b9
+# %% ../nbs/03a_store.ipynb #9315ce92
 _STORES = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [s._fresh() for s in list(_STORES)])   # a lock held by another thread at the fork would stay locked
 
@@ -153,7 +153,7 @@ class TokenStore:
             with suppress(OSError):
                 if time.time()-f.stat().st_mtime > older: f.unlink()
 
-# %% ../nbs/03a_store.ipynb #4f09fc0e
+# %% ../nbs/03a_store.ipynb #fd123312
 @patch
 def _touch(self:TokenStore, path, mtime):
     if time.time()-mtime > self.touch_s:
@@ -189,7 +189,7 @@ def get(self:TokenStore, key:str)->VisualTokens|None:
     if vt is None: self.count("misses")
     return vt
 
-# %% ../nbs/03a_store.ipynb #abb3292f
+# %% ../nbs/03a_store.ipynb #28aac7c8
 @patch
 def put(self:TokenStore, vt:VisualTokens, content_id:str="", tenant:str="", era=None)->VisualTokens:
     "Store tokens under `vt.key`. `era` (from `_era`) refuses what was begun before an erasure. Returns them as they will be read."
@@ -212,6 +212,7 @@ def put(self:TokenStore, vt:VisualTokens, content_id:str="", tenant:str="", era=
     else: self._remember(stored)
     return stored
 
+# %% ../nbs/03a_store.ipynb #866e9224
 @patch
 def _forget(self:TokenStore, path)->int:
     "Delete an entry and its index links; bytes freed."
@@ -225,7 +226,7 @@ def _forget(self:TokenStore, path)->int:
     with self._mutex: self._memory.pop(path.stem, None)
     return size
 
-# %% ../nbs/03a_store.ipynb #f9396e0e
+# %% ../nbs/03a_store.ipynb #f139a549
 class Ledger:
     "The total size of all entries, as all processes see it."
     def __init__(self, store): self.store, self.total = store, 0
@@ -258,7 +259,7 @@ def _ledger(self:TokenStore):
         if ledger.total > self.max_bytes: ledger.evict(.9*self.max_bytes)
         file.write_text(str(ledger.total))
 
-# %% ../nbs/03a_store.ipynb #3766b044
+# %% ../nbs/03a_store.ipynb #cc152096
 @patch
 @contextmanager
 def _across(self:TokenStore, key):
@@ -296,6 +297,7 @@ def get_or_encode(self:TokenStore, key:str, # From `token_key`
         self.count("waits")
         with suppress(CancelledError): return flight.result()
 
+# %% ../nbs/03a_store.ipynb #becedea8
 @patch
 def _fly(self:TokenStore, key, flight, fn, content_id, tenant):
     try: flight.set_result(self._encode(key, fn, content_id, tenant))
@@ -305,7 +307,7 @@ def _fly(self:TokenStore, key, flight, fn, content_id, tenant):
         flight.cancel()   # nothing after a result; after a Ctrl-C it sends the waiters round again
     return flight.result()
 
-# %% ../nbs/03a_store.ipynb #b2df3e44
+# %% ../nbs/03a_store.ipynb #ac25b7b2
 @patch
 def _era(self:TokenStore, content_id, tenant)->tuple:
     "Changes whenever content or tenant is erased."
@@ -314,7 +316,7 @@ def _era(self:TokenStore, content_id, tenant)->tuple:
         except OSError: return ""
     return read(label("content", content_id)), read(label("tenant", tenant))
 
-# %% ../nbs/03a_store.ipynb #a04955c7
+# %% ../nbs/03a_store.ipynb #2cbea87c
 @patch
 def erase(self:TokenStore, content_id:str|None=None, tenant:str|None=None)->int:
     "Delete every entry of a content, of a tenant, or of both together, in all processes at once. Returns how many there were."
@@ -344,7 +346,7 @@ def stats(self:TokenStore)->dict:
     c = self.counters; asked = c["hits"]+c["misses"]
     return dict(entries=len(sizes), bytes=sum(sizes), max_bytes=self.max_bytes, in_memory=len(self._memory), hit_rate=c["hits"]/asked if asked else None, **c)
 
-# %% ../nbs/03a_store.ipynb #21e9e2b5
+# %% ../nbs/03a_store.ipynb #999ae53e
 @lru_cache(4096)
 def _file_id(path, size, mtime_ns, inode): return hash_file(path)
 

