@@ -263,3 +263,12 @@ def test_small_reader_follows_time(clips):
     x = read_small(clips[0], [0, 1.9], 32)
     where = [(f[..., 0].astype(int)-f[..., 2] > 60).nonzero()[1].mean() for f in x]
     assert x.shape == (2, 32, 32, 3) and where[0] < 8 and where[1] > 24
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
+def test_every_real_file_becomes_a_row(tmp_path):
+    "Videos, edited copies and speech: each file is a clip or a row with a reason, none is lost."
+    stage = ingest(SHARED, tmp_path/"out", QUIET)
+    found = load_clips(stage, rejected=True)
+    assert {os.path.realpath(c.uri) for c in found} == {os.path.realpath(p) for p in SHARED.rglob("*") if p.suffix.lower() in data.VIDEO_SUFFIXES} and len(found) > 160
+    assert all(c.reason in REASONS or (c.duration > 0 and c.n_frames >= 2 and c.width and c.height) for c in found)
+    assert sum(not c.reason for c in found) > 150
