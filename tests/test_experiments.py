@@ -40,6 +40,7 @@ def test_aa_with_many_metrics_is_corrected():
         wins += any(e.verdict != "unclear" for e in E.analyse(AB, d, ms).effects)
     assert wins <= 14
 
+@pytest.mark.slow
 def test_aa_sequential_many_metrics_and_looks():
     rng, wins, n = np.random.default_rng(5), 0, 40
     ms, cfg = [E.Metric(f"m{i}") for i in range(3)], E.AnalysisConfig(planned=1000)

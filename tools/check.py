@@ -11,7 +11,7 @@ STEPS = [  # title, command, environment, limit in seconds
     ("lint", [*PY, "-m", "ruff", "check", "-q", "nbs", "video_vlm", "tests", "tools"], {}, 120),
     ("notebooks run (nbdev_test)", [str(BIN/"nbdev_test"), "--n_workers", "2", "--do_print", "--timing"], ONE, 1500),
     ("docs build", [*PY, "tools/docs.py", "--force"], ONE, 900),
-    ("pytest", [*PY, "-m", "pytest", "--durations=8"], {"VIDEO_VLM_SITE": "built"}, 1500),
+    ("pytest", [*PY, "-m", "pytest", "--durations=8"], {**ONE, "VIDEO_VLM_SITE": "built"}, 1500),
 ]
 
 def plain(seconds): return f"{seconds:.0f} s" if seconds < 100 else f"{seconds/60:.1f} min"
