@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Recipe', 'connect', 'instruct', 'whole', 'rate', 'step_clips', 'pick_questions', 'ClipSet', 'make_batch',
            'without_video', 'trainable', 'make_optimizers', 'save_state', 'load_state', 'TrainingError', 'train_step',
-           'train', 'finished', 'finish_training']
+           'finished', 'finish_training', 'train']
 
-# %% ../nbs/05_training.ipynb #c84505f0
+# %% ../nbs/05_training.ipynb #333fe9cc
 import json, math, os, shutil, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from .data import VideoVLMError, finish_stage
 from .model import add_lora, collate_rows, load_model, save_checkpoint, training_rows
 
-# %% ../nbs/05_training.ipynb #afb941aa
+# %% ../nbs/05_training.ipynb #a1bec778
 @dataclass(frozen=True)
 class Recipe:
     "What is trained, how, and for how long."
@@ -43,14 +43,14 @@ def connect(**kw): return replace(Recipe(name="connect", trains=("projector",), 
 def instruct(**kw): return replace(Recipe(name="instruct", trains=("projector", "lora"), lr=2e-4, projector_lr=5e-4), **kw)
 def whole(**kw): return replace(Recipe(name="whole", lr=1.5e-3, projector_lr=1e-3, optimizer="muon"), **kw)
 
-# %% ../nbs/05_training.ipynb #0402d51d
+# %% ../nbs/05_training.ipynb #b308d8a6
 def rate(recipe, step):
     "Factor of the learning rate at `step`: linear warm-up, plateau, linear decay to 2%."
     up = max(1, round(recipe.steps*recipe.warmup))
     left = (recipe.steps-step)/max(1, recipe.steps*recipe.decay)
     return min((step+1)/up, 1., max(left, .02))
 
-# %% ../nbs/05_training.ipynb #65dcda1b
+# %% ../nbs/05_training.ipynb #4a326571
 def step_clips(recipe, lengths, step):
     "Indexes of the clips of `step`: a permutation a pass, bucketed by `lengths` within windows of 16 steps."
     n, c = len(lengths), recipe.clips
@@ -68,7 +68,7 @@ def pick_questions(recipe, step, clip, n):
     "Which of the `n` samples of a clip are asked on this visit."
     return np.random.default_rng([recipe.seed, step, int(clip)]).permutation(n)[:recipe.questions]
 
-# %% ../nbs/05_training.ipynb #97d6ec6b
+# %% ../nbs/05_training.ipynb #603edb36
 @dataclass
 class ClipSet:
     "Training data: clip ids, their samples, and where their visual tokens come from."
@@ -98,7 +98,7 @@ def without_video(sample):
     keep = lambda m: {**m, "content": [dict(type="text", text="from {:.1f}s to {:.1f}s".format(p["start"], p["end"])) if p["type"] == "span" else p for p in parts(m)] if not isinstance(m["content"], str) else m["content"]}
     return replace(sample, messages=[keep(m) for m in sample.messages])
 
-# %% ../nbs/05_training.ipynb #fa744aad
+# %% ../nbs/05_training.ipynb #f74dff4f
 def trainable(model, recipe):
     "Freeze everything but the parts that the recipe trains; puts LoRA in if asked. Returns (language model params, projector params)."
     known = {"projector", "language_model", "lora"}
@@ -122,7 +122,7 @@ def make_optimizers(model, recipe):
     opts = [torch.optim.Muon(groups(fast, recipe.lr), adjust_lr_fn="match_rms_adamw", **kw)] if fast else []
     return opts+[torch.optim.AdamW(groups(slow, recipe.lr)+groups(proj, recipe.projector_lr), betas=(.9, .98), **kw)]
 
-# %% ../nbs/05_training.ipynb #bd2d81b7
+# %% ../nbs/05_training.ipynb #b090ba6d
 def save_state(model, opts, step, folder, keep=2):
     "Write `folder/step_N` atomically and drop all but the newest `keep`."
     folder = Path(folder)
@@ -151,7 +151,7 @@ def load_state(model, opts, folder):
     for o, s in zip(opts, state["opts"]): o.load_state_dict(s)
     return state["step"]
 
-# %% ../nbs/05_training.ipynb #86a09067
+# %% ../nbs/05_training.ipynb #bdbc7648
 class TrainingError(VideoVLMError): "A run that cannot go on."
 
 def train_step(acc, model, opts, recipe, batch, step, extra=None):
@@ -172,7 +172,22 @@ def train_step(acc, model, opts, recipe, batch, step, extra=None):
         o.zero_grad()
     return dict(step=step, loss=value, more=float(more), grad_norm=float(norm), lr=opts[0].param_groups[0]["lr"], tokens=int(total), skipped=not ok)
 
-# %% ../nbs/05_training.ipynb #d4e8ae78
+# %% ../nbs/05_training.ipynb #a88581dd
+def finished(model, recipe, out):
+    "Is this run already done? Then its weights are put into `model`. A folder of another recipe is refused."
+    if not (out/"manifest.json").exists(): return False
+    if json.loads((out/"recipe.json").read_text()) != json.loads(json.dumps(asdict(recipe))): raise VideoVLMError(f"{out} holds a finished run of another recipe; use a new folder")
+    model.load_state_dict(load_model(out/"model", device="cpu")[0].state_dict())
+    return True
+
+def finish_training(model, processor, recipe, out):
+    "Save the model and close the stage."
+    save_checkpoint(model.eval(), processor, out/"model")
+    (out/"recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    shutil.rmtree(out/"checkpoints", ignore_errors=True)
+    finish_stage(out, inputs={}, counts=dict(steps=recipe.steps))
+
+# %% ../nbs/05_training.ipynb #0e99a7cd
 def _log_from(path, start):
     "Rows of an earlier run before `start`; the rest will be written again."
     rows = [json.loads(l) for l in open(path)] if Path(path).exists() else []
@@ -207,17 +222,3 @@ def train(model, processor, data, recipe, out, extra=None, progress=True):
     acc.wait_for_everyone()
     if acc.is_main_process: finish_training(model, processor, recipe, out)
     return out
-
-def finished(model, recipe, out):
-    "Is this run already done? Then its weights are put into `model`. A folder of another recipe is refused."
-    if not (out/"manifest.json").exists(): return False
-    if json.loads((out/"recipe.json").read_text()) != json.loads(json.dumps(asdict(recipe))): raise VideoVLMError(f"{out} holds a finished run of another recipe; use a new folder")
-    model.load_state_dict(load_model(out/"model", device="cpu")[0].state_dict())
-    return True
-
-def finish_training(model, processor, recipe, out):
-    "Save the model and close the stage."
-    save_checkpoint(model.eval(), processor, out/"model")
-    (out/"recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
-    shutil.rmtree(out/"checkpoints", ignore_errors=True)
-    finish_stage(out, inputs={}, counts=dict(steps=recipe.steps))
