@@ -6,17 +6,17 @@
 __all__ = ['VIDEO', 'SPECIAL', 'CHAT_TEMPLATE', 'SPLIT', 'ROLES', 'TRANSCRIPT', 'CAPTION_PROMPT', 'GROUND_PROMPT',
            'LANGUAGE_MODELS', 'TokenMismatch', 'TooLong', 'VideoVLMConfig', 'grid_positions', 'pool_positions',
            'Projector', 'generation_config', 'VideoVLMForConditionalGeneration', 'answer_positions', 'answer_loss',
-           'additive_mask', 'split_rows', 'time_merges', 'tiny_tokenizer', 'text_ids', 'group_starts', 'tokens_a_group',
-           'video_ids', 'snap_span', 'safe_text', 'flat_content', 'Encoded', 'encode_text', 'encode_chat', 'truncate',
-           'VideoVLMProcessor', 'stack_tokens', 'is_chat', 'n_videos', 'register_auto', 'Row', 'prefix_key', 'pack',
-           'sees', 'block_mask', 'training_rows', 'collate_rows', 'pack_rows', 'row_batches', 'row_tensors',
-           'fill_rows', 'generate_rows', 'ask_messages', 'drop_modality', 'as_list', 'stop_ids', 'answer_batch',
-           'answer', 'answered', 'score_rows', 'score_batch', 'choose_batch', 'choose', 'fit_temperature',
-           'parse_spans', 'caption', 'ground', 'caption_scores', 'chat', 'embed_tokens', 'embed_text', 'embed',
-           'lora_targets', 'lora_layers', 'add_lora', 'use_adapter', 'merge_lora', 'write_atomic', 'lora_state',
-           'save_adapter', 'load_adapter', 'merged_state', 'save_checkpoint', 'assemble', 'cache_folder', 'unpack_gguf',
-           'load_smollm2', 'tiny', 'smol', 'base', 'large', 'preset_size', 'load_language_model', 'save_light',
-           'load_light', 'load_model']
+           'answer_weights', 'additive_mask', 'split_rows', 'time_merges', 'tiny_tokenizer', 'text_ids', 'group_starts',
+           'tokens_a_group', 'video_ids', 'snap_span', 'safe_text', 'flat_content', 'Encoded', 'encode_text',
+           'encode_chat', 'truncate', 'VideoVLMProcessor', 'stack_tokens', 'is_chat', 'n_videos', 'register_auto',
+           'Row', 'prefix_key', 'pack', 'sees', 'block_mask', 'training_rows', 'collate_rows', 'pack_rows',
+           'row_batches', 'row_tensors', 'fill_rows', 'generate_rows', 'ask_messages', 'drop_modality', 'as_list',
+           'stop_ids', 'answer_batch', 'answer', 'answered', 'score_rows', 'score_batch', 'choose_batch', 'choose',
+           'fit_temperature', 'parse_spans', 'caption', 'ground', 'caption_scores', 'chat', 'embed_tokens',
+           'embed_text', 'embed', 'lora_targets', 'lora_layers', 'add_lora', 'use_adapter', 'merge_lora',
+           'write_atomic', 'lora_state', 'save_adapter', 'load_adapter', 'merged_state', 'save_checkpoint', 'assemble',
+           'cache_folder', 'unpack_gguf', 'load_smollm2', 'tiny', 'smol', 'base', 'large', 'preset_size',
+           'load_language_model', 'save_light', 'load_light', 'load_model']
 
 # %% ../nbs/04_model.ipynb #c13959e7
 import copy, json, math, os, re, shutil, tempfile
@@ -128,9 +128,10 @@ class VideoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 visual_tokens=None, pixel_values=None, pixel_mask=None, labels=None, use_cache=None, logits_to_keep=None,
-                num_items_in_batch=None, **kwargs):
+                num_items_in_batch=None, label_weights=None, **kwargs):
         """`visual_tokens`: `[M, N, D]` before the projector, all groups of the batch in order (or a list of such); or `pixel_values`
-        `[M, g, 3, S, S]` with `pixel_mask` `[M, g]`. With `labels` and no `logits_to_keep`, logits come at answer positions only."""
+        `[M, g, 3, S, S]` with `pixel_mask` `[M, g]`. With `labels` and no `logits_to_keep`, logits come at answer positions only;
+        `label_weights` `[B, L]` says what each labelled token counts in the loss."""
         fresh = past_key_values is None or past_key_values.get_seq_length() == 0
         if pixel_values is not None:
             visual_tokens = self.encoder(pixel_values, torch.ones(pixel_values.shape[:2]) if pixel_mask is None else pixel_mask)
@@ -141,7 +142,7 @@ class VideoVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         out = self.language_model(inputs_embeds=inputs_embeds, attention_mask=additive_mask(attention_mask, inputs_embeds.dtype),
                                   position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
                                   logits_to_keep=0 if keep is None else keep, **kwargs)
-        if labels is not None: out["loss"] = answer_loss(out.logits, labels, logits_to_keep, num_items_in_batch)
+        if labels is not None: out["loss"] = answer_loss(out.logits, labels, logits_to_keep, num_items_in_batch, label_weights)
         return out
 
 # %% ../nbs/04_model.ipynb #15cad1ef
@@ -150,12 +151,19 @@ def answer_positions(labels_BL: torch.Tensor) -> torch.Tensor:
     return (labels_BL[:, 1:] != -100).any(0).nonzero()[:, 0]
 
 # %% ../nbs/04_model.ipynb #2075595e
-def answer_loss(logits, labels_BL, logits_to_keep=None, n=None):
-    "Mean cross entropy of the labelled tokens (zero, with a gradient path, where a batch has none)."
-    if logits_to_keep is None: logits, target = logits, labels_BL[:, answer_positions(labels_BL) + 1]
-    else: logits, target = logits[:, :-1], labels_BL[:, 1:][:, -(logits.shape[1] - 1):]
-    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), target.reshape(-1), ignore_index=-100, reduction="sum")
-    return total / (n if n is not None else (target != -100).sum().clamp(min=1))
+def answer_loss(logits, labels_BL, logits_to_keep=None, n=None, weights_BL=None):
+    "Weighted mean cross entropy of the labelled tokens, over `n` if given (zero, with a gradient path, where a batch has none)."
+    weights = (labels_BL != -100).float() if weights_BL is None else weights_BL
+    def at(x): return x[:, answer_positions(labels_BL) + 1] if logits_to_keep is None else x[:, 1:][:, -(logits.shape[1] - 1):]
+    said = logits if logits_to_keep is None else logits[:, :-1]
+    each = F.cross_entropy(said.reshape(-1, said.shape[-1]).float(), at(labels_BL).reshape(-1), ignore_index=-100, reduction="none")
+    return (each * at(weights).reshape(-1)).sum() / (n if n is not None else at(weights).sum().clamp(min=1e-6))
+
+def answer_weights(labels: Sequence[int], owner: Sequence[int]) -> list[float]:
+    """What each token of a packed row counts: 1/sqrt(labelled tokens of its conversation), so that a caption of thirty tokens does not drown
+    thirty questions of one (the square averaging of InternVL 2.5, arXiv 2412.05271)."""
+    said = [o if l != -100 else None for l, o in zip(labels, owner)]
+    return [said.count(o) ** -.5 if o is not None else 0. for o in said]
 
 # %% ../nbs/04_model.ipynb #3cca3399
 def additive_mask(mask, dtype):
@@ -530,18 +538,18 @@ def training_rows(samples, visual, tokenizer, max_length: int = None) -> dict:
         encs.append(enc)
     row = pack(encs)
     t = {k: torch.tensor(getattr(row, v)) for k, v in dict(input_ids="ids", labels="labels", position_ids="positions", block="block", branch="branch").items()}
-    mask = block_mask(t["block"][None], t["branch"][None])[0]
-    return {**t, "attention_mask": mask, "visual_tokens": stack_tokens(row.videos) if row.videos else None, "used": len(encs)}
+    mask, weights = block_mask(t["block"][None], t["branch"][None])[0], torch.tensor(answer_weights(row.labels, row.owner))
+    return {**t, "attention_mask": mask, "label_weights": weights, "visual_tokens": stack_tokens(row.videos) if row.videos else None, "used": len(encs)}
 
 # %% ../nbs/04_model.ipynb #955d2ce7
 def collate_rows(rows: Sequence[dict], pad_id: int = 0) -> dict:
     "Packed rows as one batch for `forward`, padded on the right."
     L = max(len(r["input_ids"]) for r in rows)
-    fill = dict(input_ids=pad_id, labels=-100, position_ids=0, block=-1, branch=0)
+    fill = dict(input_ids=pad_id, labels=-100, label_weights=0., position_ids=0, block=-1, branch=0)
     t = {k: torch.stack([F.pad(r[k], (0, L - len(r[k])), value=v) for r in rows]) for k, v in fill.items()}
     vis = [v for r in rows if r.get("visual_tokens") is not None for v in (r["visual_tokens"] if isinstance(r["visual_tokens"], list) else [r["visual_tokens"]])]
     if vis: vis = torch.cat(vis) if len({v.shape[1:] for v in vis}) == 1 else vis
-    return dict(input_ids=t["input_ids"], labels=t["labels"], position_ids=t["position_ids"],
+    return dict(input_ids=t["input_ids"], labels=t["labels"], label_weights=t["label_weights"], position_ids=t["position_ids"],
                 attention_mask=block_mask(t["block"], t["branch"]), visual_tokens=vis if len(vis) else None)
 
 # %% ../nbs/04_model.ipynb #a30c3267

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PALETTE', 'MOTION_WEIGHT', 'WORD_SETS', 'PretrainConfig', 'unnamed', 'recolour', 'degrade', 'moments', 'labels_of',
            'cell_owner', 'cell_motion', 'tower_example', 'Heads', 'tower_loss', 'TowerBatches', 'tower_optimizers',
-           'train_tower', 'scene_plan', 'scene_tokens', 'word_targets', 'word_loss', 'lm_data', 'lm_model',
-           'token_words', 'lm_recipe', 'train_lm', 'make_checkpoint', 'checkpoint_folder']
+           'train_tower', 'scene_plan', 'scene_tokens', 'word_targets', 'word_loss', 'lm_scene', 'lm_clip', 'lm_data',
+           'lm_model', 'token_words', 'lm_recipe', 'train_lm', 'make_checkpoint', 'checkpoint_folder']
 
 # %% ../nbs/05b_pretrain.ipynb #1959d651
 import json, os, time
@@ -35,8 +35,11 @@ class PretrainConfig:
     lr:float = 2e-3
     seed:int = 0
     threads:int = 1
-    clips:int = 3000 # Clips for the language model
-    lm_steps:int = 2000
+    short_clips:int = 3000 # Clips of at most `short_groups` groups that the language model begins with
+    short_groups:int = 6
+    short_steps:int = 1500
+    clips:int = 10000 # Clips of all lengths after that
+    lm_steps:int = 5500
     width:int = 192 # Of the language model
     layers:int = 6
     fps:float = 4. # Sampling of a clip
@@ -237,15 +240,51 @@ def word_loss(model, tokens, targets, tokenizer):
     return loss
 
 # %% ../nbs/05b_pretrain.ipynb #23a9e85b
-def lm_data(encoder, cfg=PretrainConfig(), progress=True):
-    "Clips for the language model: (ClipSet, word targets by clip id). Levels are mixed 20/65/15."
+def lm_scene(k, short, cfg=PretrainConfig()):
+    "The k-th scene for the language model: 20% easy, 60% medium (a quarter of it with textures), 20% hard; `short` ones have few groups."
+    for i in range(1000):
+        u, seed = np.random.default_rng([cfg.seed, k, i]).random(), cfg.seed*10**10+(k+short*10**6)*1000+i
+        scene = make_scene(seed, "easy" if u < .2 else "medium" if u < .8 else "hard", textures=TEXTURES[::-1] if u > .65 else TEXTURES)
+        if not short or scene_plan(scene, cfg).n_groups <= cfg.short_groups: return scene
+    raise VideoVLMError(f"no scene of at most {cfg.short_groups} groups in a thousand: raise short_groups")
+
+def lm_clip(encoder, scene, cfg=PretrainConfig()):
+    "Tokens (half precision), samples and word targets of a scene."
+    vt, plan = scene_tokens(encoder, scene, cfg)
+    return replace(vt, tokens=np.asarray(vt.tokens, np.float16)), samples_of(scene, vt.key), word_targets(scene, plan).astype(np.int8)
+
+def _lm_chunk(job):
+    "Worker: clips `ks` into one file, once."
+    tower, ks, short, cfg, path = job
+    if Path(path).exists(): return path
+    torch.set_num_threads(1)
+    encoder = VideoEncoder.from_pretrained(tower).eval()
+    made = [lm_clip(encoder, lm_scene(k, short, cfg), cfg) for k in ks]
+    with open(path+".tmp", "wb") as f: np.savez(f, tokens=np.concatenate([v.tokens for v, _, _ in made]), words=np.concatenate([w for *_, w in made]), groups=[len(v.tokens) for v, _, _ in made])
+    os.replace(path+".tmp", path)
+    return path
+
+def lm_data(tower, folder, short=False, cfg=PretrainConfig(), workers=2, progress=True, chunk=100):
+    "Clips for the language model: (ClipSet, word targets by clip id). Tokens are kept in `folder` and not made twice."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
     from tqdm import tqdm
+    n, folder = cfg.short_clips if short else cfg.clips, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(str(tower), range(a, min(a+chunk, n)), short, cfg, str(folder/f"{'short' if short else 'all'}_{a:06d}.npz")) for a in range(0, n, chunk)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        paths = list(tqdm(pool.map(_lm_chunk, jobs), total=len(jobs), desc=f"{n} clips", disable=not progress))
+    return _lm_set(jobs, paths, cfg)
+
+def _lm_set(jobs, paths, cfg):
+    "Files of tokens and the scenes that they came from, as a ClipSet and word targets."
     ids, samples, tokens, words = [], [], {}, {}
-    for k in tqdm(range(cfg.clips), desc="clips", disable=not progress):
-        level = ("easy", "medium", "hard")[np.searchsorted([.2, .85], np.random.default_rng([cfg.seed, k]).random())]
-        scene = make_scene(cfg.seed*10**8+10**7+k, level)
-        vt, plan = scene_tokens(encoder, scene, cfg)
-        ids.append(vt.key); samples.append(samples_of(scene, vt.key)); tokens[vt.key] = vt; words[vt.key] = word_targets(scene, plan)
+    for (_, ks, short, *_), path in zip(jobs, paths):
+        with np.load(path) as z: t, w, ends = z["tokens"], z["words"], z["groups"].cumsum()
+        for k, a, b in zip(ks, np.r_[0, ends], ends):
+            scene = lm_scene(k, short, cfg)
+            key, (starts, stops) = f"{scene.level}-{scene.seed}", np.array(scene_plan(scene, cfg).group_spans).T
+            ids.append(key); samples.append(samples_of(scene, key)); tokens[key] = VisualTokens(t[a:b], starts, stops, key); words[key] = w[a:b]
     return ClipSet(ids, samples, tokens.get), words
 
 # %% ../nbs/05b_pretrain.ipynb #2ba98c66
@@ -263,20 +302,22 @@ def token_words(words, tokenizer, weight=.5):
     "The `extra` of `train`: word loss of the clips that a batch shows."
     def extra(model, batch, clips):
         if not clips: return 0.
-        return weight*word_loss(model, batch["visual_tokens"], torch.from_numpy(np.concatenate([words[c] for c in clips])), tokenizer)
+        return weight*word_loss(model, batch["visual_tokens"], torch.from_numpy(np.concatenate([words[c] for c in clips])).long(), tokenizer)
     return extra
 
-def lm_recipe(cfg=PretrainConfig()):
-    "Whole language model and projector by Muon; every twelfth visit without the video."
-    return whole(name="pretrain", steps=cfg.lm_steps, clips=8, questions=8, blind=1/12, decay=.4, seed=cfg.seed, lr=2e-3, projector_lr=2e-3, save_every=200)
+def lm_recipe(cfg=PretrainConfig(), short=False):
+    "Whole language model and projector by Muon in bfloat16; every twelfth visit without the video. The rate falls at the end of the long part only."
+    return whole(name="short" if short else "pretrain", steps=cfg.short_steps if short else cfg.lm_steps, clips=8, questions=8, blind=1/12, decay=.01 if short else .35,
+                 warmup=.05 if short else .01, precision="bf16", seed=cfg.seed, lr=2e-3, projector_lr=2e-3, save_every=200)
 
-def train_lm(tower, out, cfg=PretrainConfig(), progress=True):
-    "Train language model and projector on a frozen tower; returns the folder of the checkpoint in half precision."
-    encoder = VideoEncoder.from_pretrained(tower).eval()
-    data, words = lm_data(encoder, cfg, progress)
-    model, processor = lm_model(encoder, data, cfg)
-    train(model, processor, data, lm_recipe(cfg), out, extra=token_words(words, processor.tokenizer), progress=progress)
-    return save_checkpoint(model.half(), processor, Path(out)/"half")
+def train_lm(tower, out, cfg=PretrainConfig(), workers=2, progress=True):
+    "Train language model and projector on a frozen tower, short clips first; returns the folder of the checkpoint in half precision."
+    encoder, model, out = VideoEncoder.from_pretrained(tower).eval(), None, Path(out)
+    for short in (True, False):
+        data, words = lm_data(tower, out/"tokens", short, cfg, workers, progress)
+        if model is None: model, processor = lm_model(encoder, data, cfg)
+        train(model, processor, data, lm_recipe(cfg, short), out/("short" if short else "all"), extra=token_words(words, processor.tokenizer), progress=progress)
+    return save_checkpoint(model.half(), processor, out/"half")
 
 def make_checkpoint(out="runs/pretrain", cfg=PretrainConfig()):
     "Tower, then language model; returns the folder that may take the place of `video_vlm/checkpoints/tiny`. Can be killed and started again."

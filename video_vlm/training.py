@@ -156,8 +156,7 @@ class TrainingError(VideoVLMError): "A run that cannot go on."
 
 def train_step(acc, model, opts, recipe, batch, step, extra=None):
     "One optimiser step; returns what is logged. `extra(model, batch, clips)` may add a loss."
-    n = (batch["labels"][:, 1:] != -100).sum().to(acc.device)
-    total = acc.reduce(n, "sum")
+    total = acc.reduce(batch["label_weights"][:, 1:].sum().to(acc.device), "sum")
     clips = batch["clips"]
     batch = {k: v.to(acc.device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "clips"}
     with acc.autocast(): loss = model(**batch, num_items_in_batch=total).loss*acc.num_processes
@@ -170,7 +169,7 @@ def train_step(acc, model, opts, recipe, batch, step, extra=None):
         for g in o.param_groups: g["lr"] = g["base"]*rate(recipe, step)
         if ok: o.step()
         o.zero_grad()
-    return dict(step=step, loss=value, more=float(more), grad_norm=float(norm), lr=opts[0].param_groups[0]["lr"], tokens=int(total), skipped=not ok)
+    return dict(step=step, loss=value, more=float(more), grad_norm=float(norm), lr=opts[0].param_groups[0]["lr"], tokens=batch["input_ids"].numel(), skipped=not ok)
 
 # %% ../nbs/05_training.ipynb #a88581dd
 def finished(model, recipe, out):

@@ -366,21 +366,21 @@ def captions(scene):
 
 # %% ../nbs/00a_world.ipynb #681de76d
 WORDINGS = dict(
-    colour=("What colour is the {shape}?", "Which colour does the {shape} have?", "The {shape} has which colour?"),
-    shape=("What shape is the {colour} object?", "Which shape does the {colour} object have?", "The {colour} object has which shape?"),
-    count=("How many objects are there?", "Count the objects.", "What is the number of objects?"),
-    count_end=("How many objects are there at the end?", "How many objects are left at the end?", "At the end, how many objects are there?"),
-    direction=("Which way does the {thing} move?", "In which direction does the {thing} move?", "The {thing} moves in which direction?"),
-    action=("What does the {thing} do?", "What happens to the {thing}?", "What is the {thing} doing?"),
-    order=("Which comes first: {a} or {b}?", "What happens first, {a} or {b}?", "Which one is first: {a} or {b}?"),
-    after=("What happens after {a}?", "After {a}, what comes next?", "What comes right after {a}?"),
-    position=("Where is the {thing} at the start?", "At the start, where is the {thing}?", "In which part of the picture does the {thing} start?"),
-    exists=("Is there a {name}?", "Does a {name} occur in the clip?", "Can you see a {name}?"),
-    happens=("Does the {thing} {verb}?", "Is it true that the {thing} {verbs}?", "Is it right that the {thing} {verbs}?"),
-    texture=("What pattern does the {thing} have?", "Which pattern is on the {thing}?", "The {thing} has which pattern?"),
-    safe=("Do two objects hit each other?", "Is there a collision?", "Is any object hit by another?"),
-    when=("When does {e}?", "At what time does {e}?", "Find the moment: when does {e}?"),
-    caption=("Describe the video.", "What happens in this video?", "Write a caption for this clip."))
+    colour=("What colour is the {shape}?", "Which colour does the {shape} have?", "What is the colour of the {shape}?", "The {shape} is which colour?", "The {shape} has which colour?"),
+    shape=("What shape is the {colour} object?", "Which shape does the {colour} object have?", "What is the shape of the {colour} object?", "The {colour} object is which shape?", "The {colour} object has which shape?"),
+    count=("How many objects are there?", "Count the objects.", "How many objects can you see?", "What is the number of objects in the clip?", "What is the number of objects?"),
+    count_end=("How many objects are there at the end?", "How many objects are left at the end?", "At the end, how many objects are left?", "Count the objects at the end.", "At the end, how many objects are there?"),
+    direction=("Which way does the {thing} move?", "In which direction does the {thing} move?", "What is the direction of the {thing}?", "The {thing} moves which way?", "The {thing} moves in which direction?"),
+    action=("What does the {thing} do?", "What happens to the {thing}?", "What is done by the {thing}?", "What can you see the {thing} doing?", "What is the {thing} doing?"),
+    order=("Which comes first: {a} or {b}?", "What happens first, {a} or {b}?", "Which one happens first: {a} or {b}?", "What is first, {a} or {b}?", "Which one is first: {a} or {b}?"),
+    after=("What happens after {a}?", "After {a}, what comes next?", "What happens right after {a}?", "What comes after {a}?", "What comes right after {a}?"),
+    position=("Where is the {thing} at the start?", "At the start, where is the {thing}?", "Where in the picture does the {thing} start?", "In which part of the picture is the {thing} at the start?", "In which part of the picture does the {thing} start?"),
+    exists=("Is there a {name}?", "Does a {name} occur in the clip?", "Is a {name} in the video?", "Can a {name} be seen?", "Can you see a {name}?"),
+    happens=("Does the {thing} {verb}?", "Is it true that the {thing} {verbs}?", "Can you see that the {thing} {verbs}?", "Is this right: the {thing} {verbs}?", "Is it right that the {thing} {verbs}?"),
+    texture=("What pattern does the {thing} have?", "Which pattern is on the {thing}?", "What is the pattern of the {thing}?", "The {thing} is of which pattern?", "The {thing} has which pattern?"),
+    safe=("Do two objects hit each other?", "Is there a collision?", "Does any object hit another?", "Is one object hit by another?", "Is any object hit by another?"),
+    when=("When does {e}?", "At what time does {e}?", "Find the time: when does {e}?", "At which moment does {e}?", "Find the moment: when does {e}?"),
+    caption=("Describe the video.", "What happens in this video?", "Write a description of the clip.", "Give a caption for this video.", "Write a caption for this clip."))
 PLACES = [f"{v} {h}".replace("middle middle", "middle") for v in ("top", "middle", "bottom") for h in ("left", "middle", "right")]
 
 def _still_questions(scene):
@@ -467,7 +467,7 @@ def samples_of(scene, video, wording="train"):
     rng = np.random.default_rng([scene.seed, 11])
     caps = captions(scene)
     cap = caps[-1] if wording == "test" else caps[rng.integers(len(caps)-1)]
-    ask = WORDINGS["caption"][-1 if wording == "test" else rng.integers(2)]
+    ask = WORDINGS["caption"][-1 if wording == "test" else rng.integers(len(WORDINGS["caption"])-1)]
     items = questions(scene, wording)+[dict(skill="caption", kind="caption", question=ask, answer=cap, options=[], span=None)]
     for k, q in enumerate(items):
         say = dict(type="span", start=q["span"][0], end=q["span"][1]) if q["span"] else dict(type="text", text=q["answer"])
