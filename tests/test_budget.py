@@ -4,8 +4,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from video_vlm.budget import (BudgetError, BudgetLimits, PRESETS, Request, TokenCounter, count_with, parts_of, plan_request, seconds_in, shapes,
-                              tenths, transcript_text, with_transcripts)
+from video_vlm.budget import (BudgetError, BudgetLimits, PRESETS, Request, Slot, TokenCounter, count_with, lay_ladder, parts_of, plan_of, plan_request, plan_video,
+                              seconds_in, shapes, tenths, transcript_text, with_transcripts)
+from video_vlm.frames import plan_frames
 
 def odd(text):
     "A tokenizer whose counts depend on the digits: a run of digits is as long as its digit sum mod 3, plus one."
@@ -92,6 +93,28 @@ def test_what_a_refusal_promises_fits(probe, limits):
     try: plan_request(request, limits, odd)
     except BudgetError as e:
         if e.max_seconds: plan_request(replace(request, end=e.max_seconds), limits, odd); assert "shorter than" in str(e)
+
+@relaxed
+@given(requests(), limits_of, st.sampled_from(["fps", "uniform", "keyframes"]))
+def test_plans_are_those_of_plan_frames(request, limits, policy):
+    "The planner chooses times by bisection; `plan_frames`, which scans, would choose the same."
+    request = replace(request, policy=policy)
+    for probe in request.probes.values():
+        slot = Slot("video", dict(type="video", video="v"), probe)
+        try: lay_ladder(slot, request, limits, TokenCounter(odd))
+        except BudgetError: continue
+        for slot.at in range(len(slot.levels)):
+            frames, policy, group, tokens = slot.levels[slot.at]; start, end, fps = slot.span
+            assert plan_of(slot, request, limits) == plan_frames(probe, fps, frames, policy, start, end, limits.size, group, tokens)
+
+def test_one_clip_without_a_question():
+    "What training and search encode: the plan of the policy where it fits, the ladder where it does not."
+    clip = SimpleNamespace(duration=7.3, keyframes=(0.,), n_frames=200)
+    plan, receipt = plan_video(clip, PRESETS["tiny"], odd)
+    assert plan == plan_frames(clip, 4, 32, size=128) and receipt.note() == "" and receipt.video == receipt.prompt-receipt.text
+    plan, receipt = plan_video(SimpleNamespace(duration=9000., keyframes=(), n_frames=10**6), PRESETS["base"], odd)
+    assert receipt.prompt <= PRESETS["base"].room and "of 9000 frames looked at" in receipt.note()
+    assert plan_video(clip, PRESETS["tiny"], odd, start=2., end=4.)[0].times[0] == 2.
 
 def test_planning_a_dropped_video_costs_nothing():
     film = SimpleNamespace(duration=7200., keyframes=(), n_frames=180000)

@@ -51,6 +51,10 @@ def test_bench_lists_its_names():
     code, out, _ = cli("bench")
     assert code == 0 and "demo" in out.split()
 
+def test_bench_takes_the_options_of_its_run():
+    code, out, err = cli("bench", "dedup", "--pairs", "no.csv"); assert code == 2 and "no.csv" in err and "Traceback" not in err
+    code, out, err = cli("bench", "dedup", "--colour", "red"); assert code == 2 and "--pairs, --videos, --scale" in err
+
 def test_world_writes_clips(tmp_path):
     code, out, err = cli("world", "--n", 3, "--out", tmp_path/"w", "--size", 64)
     assert code == 0 and len(list((tmp_path/"w"/"clips").glob("*.mp4"))) == 3, err

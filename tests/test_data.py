@@ -89,6 +89,20 @@ def test_broken_tar_says_so(tmp_path):
     (tmp_path/"s.tar").write_bytes(b"x"*2000)
     with pytest.raises(VideoVLMError, match="tar"): ingest(tmp_path/"s.tar", tmp_path/"out", QUIET)
 
+def test_broken_shard_in_a_folder_is_a_row(clips, tmp_path):
+    (tmp_path/"clips"/"s.tar").write_bytes(b"x"*2000); r = rows(ingest(tmp_path/"clips", tmp_path/"out", QUIET))
+    assert r["s.tar"].reason == "not_media" and sum(not c.reason for c in r.values()) == 2
+
+def test_sidecars_on_object_storage(clips, tmp_path):
+    import fsspec
+    fs = fsspec.filesystem("memory"); [fs.pipe(f"/other/{c.name}", c.read_bytes()) for c in clips]; fs.pipe("/other/red_cfr.txt", b"a red ball"); fs.pipe("/other/red_cfr.json", b'{"creator": "ana"}')
+    by = {c.source.split("/")[-1]: c for c in load_clips(ingest("memory://other", tmp_path/"out", QUIET))}
+    assert by["red_cfr.mp4"].captions[0]["text"] == "a red ball" and by["red_cfr.mp4"].creator == "ana" and not by["blue_vfr.mp4"].captions
+
+def test_glob_of_annotations_keeps_samples(clips, tmp_path):
+    for c in clips: (tmp_path/"clips"/f"{c.stem}.qa.json").write_text(json.dumps([dict(video=c.name, question="what?", answer="a ball")]))
+    assert len(load_samples(ingest(str(tmp_path/"clips"/"*.qa.json"), tmp_path/"out", QUIET))) == 2
+
 def test_fsspec(clips, tmp_path):
     import fsspec
     fs = fsspec.filesystem("memory"); [fs.pipe(f"/bucket/{c.name}", c.read_bytes()) for c in clips]
@@ -103,6 +117,7 @@ def test_datasets_rows(clips, tmp_path):
     datasets = pytest.importorskip("datasets")
     d = datasets.Dataset.from_list([dict(video=str(c), caption=c.stem) for c in clips])
     assert {c.captions[0]["text"] for c in load_clips(ingest(d, tmp_path/"out", QUIET))} == {c.stem for c in clips}
+    d = d.cast_column("video", datasets.Video()); assert len(load_clips(ingest(d, tmp_path/"out2", QUIET))) == 2, "a column of videos is not decoded by `datasets`"
 
 def test_no_videos(tmp_path):
     (tmp_path/"e").mkdir()
@@ -144,6 +159,8 @@ def test_licences_consent_blocked(clips, tmp_path):
     assert rows(stage)["blue_vfr.mp4"].decisions == [dict(rule="licence", ok=False, detail="proprietary")]
     stage = ingest(tmp_path/"clips", tmp_path/"out2", replace(QUIET, blocked=(content_id(clips[0]),)))
     assert rows(stage)["red_cfr.mp4"].reason == "blocked"
+    stage = ingest(tmp_path/"clips", tmp_path/"out3", replace(QUIET, blocked=(os.path.relpath(clips[0]),)))
+    assert rows(stage)["red_cfr.mp4"].reason == "blocked", "however the path is written"
 
 def test_nothing_later_is_shown(clips, tmp_path):
     clips[0].with_suffix(".json").write_text(json.dumps(dict(collected_at="2024-01-01", captions=[dict(text="old", known_at="2024-02-01"), dict(text="new", known_at="2025-02-01")])))
@@ -161,6 +178,13 @@ def test_transcripts_and_synthetic_captions(clips, tmp_path):
     assert caption_clips(stage, lambda clip, prompt: f"{clip.n_frames} frames", "model:count") == 2 and caption_clips(stage, lambda c, p: 1/0, "model:count") == 0
     assert {t["text"] for c in load_clips(stage) for t in c.captions} == {"24 frames"}
     with pytest.raises(VideoVLMError): whisper(tmp_path/"no_model")
+
+def test_a_text_that_fails_costs_itself(clips, tmp_path):
+    stage, calls = ingest(tmp_path/"clips", tmp_path/"out", QUIET), []
+    def sometimes(c, prompt): calls.append(c.id); return "seen" if len(calls) == 1 else 1/0
+    assert caption_clips(stage, sometimes, "m") == 1 and sum(bool(c.captions) for c in load_clips(stage)) == 1
+    assert caption_clips(stage, lambda c, p: "later", "m") == 1 and all(c.captions for c in load_clips(stage)), "only the one that failed is asked again"
+    with pytest.raises(VideoVLMError, match="not one of 2"): caption_clips(stage, lambda c, p: 1/0, "broken")
 
 def test_same_bytes_are_one_clip(clips, tmp_path):
     (tmp_path/"clips"/"zz.mp4").write_bytes(clips[0].read_bytes())

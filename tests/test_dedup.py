@@ -3,7 +3,8 @@ import json, os, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
-from video_vlm.bench.dedup import make_pairs, measure_pairs, moving_discs, read_pairs, scale_run
+from video_vlm import dedup as D
+from video_vlm.bench.dedup import incremental_figures, make_pairs, measure_pairs, moving_discs, read_pairs, scale_run, scale_sizes
 from video_vlm.data import VideoVLMError, ingest, IngestConfig, load_clips, open_stage, write_video
 from video_vlm.dedup import (DedupConfig, MIRROR, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, content_box, dedup, frame_hashes, hamming,
                              load_clusters, lookup, same_text, signature)
@@ -79,6 +80,24 @@ def test_run_again_does_nothing_and_grows(folder, tmp_path):
     assert len(after) == 6 and len(set(after.values())) == 4, "the trimmed copy found its cluster"
     assert all(p.stat().st_mtime_ns == t for p, t in made.items()), "old signatures were not made again"
 
+def test_segments_are_merged_and_find_the_same(tmp_path):
+    rng = np.random.default_rng(0); keys, owner = rng.integers(0, 300, 8000).astype(np.uint64), np.repeat(np.arange(200), 40); q, who = rng.integers(0, 300, 80).astype(np.uint64), np.repeat(np.arange(2), 40)
+    for k in range(8): part = owner//25 == k; D._write_segment(tmp_path, keys[part], owner[part]-25*k, [str(i) for i in range(25*k, 25*k+25)]); D._publish(tmp_path)
+    segments = list(D._segments(tmp_path)); assert len(segments) == 1 and segments[0][2] == [str(i) for i in range(200)]
+    order = np.argsort(keys, kind="stable"); whole = keys[order], owner[order], segments[0][2]; many = replace(CFG, bucket=10**6)
+    (a, b), (c, d) = lookup(q, who, segments[0], many), lookup(q, who, whole, many); assert sorted(zip(a[:, 0], a[:, 1], b.round(3))) == sorted(zip(c[:, 0], c[:, 1], d.round(3)))
+    D._write_segment(tmp_path, keys[:40], owner[:40], ["late"]); D._publish(tmp_path); assert [len(s[2]) for s in D._segments(tmp_path)] == [200, 1], "a small one is not worth a merge"
+
+def test_killed_between_candidates_and_index(folder, tmp_path, monkeypatch):
+    st = ingest(folder, tmp_path/"00", QUIET)
+    def dies(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(D, "_publish", dies)
+        with pytest.raises(KeyboardInterrupt): dedup(st, tmp_path/"01", CFG)
+    (tmp_path/"01"/"candidates.jsonl").unlink()          # or even before they were on disk
+    with open(tmp_path/"01"/"compared.jsonl", "a") as f: f.write('{"a": "half')
+    for _ in range(2): assert len(set(load_clusters(dedup(st, tmp_path/"01", CFG)).values())) == 4
+
 def test_another_config_is_refused(folder, tmp_path):
     st = ingest(folder, tmp_path/"00", QUIET); dedup(st, tmp_path/"01", CFG)
     with pytest.raises(VideoVLMError, match="another DedupConfig"): dedup(st, tmp_path/"01", replace(CFG, threshold=.9))
@@ -108,3 +127,12 @@ def test_same_text():
 
 def test_synthetic_scale_is_right_before_it_is_fast():
     r = scale_run(1000, CFG); assert r["recall"] > .95 and r["wrong"] == 0
+    assert incremental_figures(CFG, 2000, 100)["incremental"]["recall"] > .95
+    assert scale_sizes("1e3, 2e4", False) == (1000, 20000) and scale_sizes("", False) == () and scale_sizes(None, True)[-1] == 20000
+    with pytest.raises(VideoVLMError): scale_sizes("many", False)
+
+def test_a_pair_that_shares_common_words_in_many_files_is_found(tmp_path):
+    "Ten copies share all their words, so each word is common; their votes are spread over the files."
+    n, rng = 400, np.random.default_rng(0); words = rng.integers(0, 2**34, (n, 60)).astype(np.uint64); words[:10] = words[0]; keys, owner = words.ravel(), np.repeat(np.arange(n), 60)
+    a, b = candidates(keys, owner, n, CFG)[0], candidates_on_disk([(keys, owner)], n, tmp_path, CFG, 64)[0]
+    assert set(map(tuple, a.tolist())) == set(map(tuple, b.tolist())) and len({int(x) for p in b for x in p if x < 10}) == 10

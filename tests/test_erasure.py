@@ -193,3 +193,26 @@ def test_search_index_down_to_the_bytes(tmp_path, n):
     assert cert["verified"] and cert["removed"] and not [p for p in (tmp_path/"ix").rglob("*") if p.is_file() and F.bytes_mention(p, [gone])]
     again = Index(tmp_path/"ix", "f"*64, 4); assert len(again) == n-1 and again.table.count_rows(f"clip = '{gone}'") == 0
     assert again.table.search("thing2", query_type="fts").limit(1).to_list()[0]["clip"] == clip(2)
+
+def test_a_leak_planted_in_every_store_of_the_house_is_found(tmp_path):
+    "After the certificate, the clip comes back into one store at a time (a restored backup, a late writer): the verifier names that store, `honour` removes it again."
+    pytest.importorskip("lancedb")
+    from video_vlm.encoder import VisualTokens
+    from video_vlm.gateway import Book
+    from video_vlm.release import Registry
+    from video_vlm.search import Index
+    from video_vlm.store import TokenStore
+    gone = F.label("clip", "gone"); s = F.Subject("video", gone)
+    st = TokenStore(tmp_path/"tokens"); Book(tmp_path/"book.db").close(); (tmp_path/"ck").mkdir(); (tmp_path/"ck/w").write_text("w"); reg = Registry(tmp_path/"reg"); v = reg.register(tmp_path/"ck")
+    ix = Index(tmp_path/"ix", "f"*64, 4); row = lambda c: dict(id=f"{c}:0.00", clip=c, start=0., end=1., tenant="t", text="a thing", facts="{}", vector=np.ones(4)); ix.upsert([row(F.label("clip", "stays"))]); (tmp_path/"logs").mkdir()
+    def book(): b = Book(tmp_path/"book.db"); b.run("insert into jobs(id, tenant, content, state, request) values('j','t',?,'done','{}')", gone); b.close()
+    def media(): (tmp_path/"media"/gone[:2]).mkdir(parents=True, exist_ok=True); (tmp_path/"media"/gone[:2]/f"{gone}.mp4").write_bytes(b"v")
+    leaks = dict(tokens=lambda: st.put(VisualTokens(np.zeros((1, 2, 4), np.float16), np.zeros(1), np.ones(1), "1"*64), content_id=gone), book=book, media=media, index=lambda: Index(tmp_path/"ix", "f"*64, 4).upsert([row(gone)]),
+                 registry=lambda: reg.attach(v, "complaint", {"clip": gone}), logs=lambda: F.RequestLog(tmp_path/"logs").request("q", consent=True, video=gone, question="?", answer="red"))
+    names = dict(tokens="tokens", book="book", media="book", index="index", registry="registry", logs="logs")
+    job = F.Erasure(tmp_path/"e", [F.tokens_eraser(st, "tokens"), F.book_eraser(tmp_path/"book.db", tmp_path/"media", "book"), F.lance_eraser(tmp_path/"ix", "index"), F.registry_eraser(reg, "registry"), F.folder_eraser(tmp_path/"logs", "logs")])
+    assert job.erase(s)["verified"]
+    for store, plant in leaks.items():
+        plant(); assert set(job.verify(s)) == {names[store]}, store
+        assert job.honour() and not job.verify(s), store
+    assert len(Index(tmp_path/"ix", "f"*64, 4)) == 1

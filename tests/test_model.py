@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config, TextIteratorStreamer)
 
 import video_vlm.model as M
+from video_vlm.budget import PRESETS
 from video_vlm.encoder import EncoderConfig, VideoEncoder, VisualTokens
 from video_vlm.frames import FramePlan
 
@@ -74,7 +75,7 @@ def test_packed_loss_and_gradient_equal_unpacked(name, attn, tok, proc):
     total, n = 0, 0
     for s, v in [(samples[0], [A]), (samples[1], [A]), (samples[2], []), (samples[3], [A]), (samples[0], [C])]:
         e = proc([s], v, add_generation_prompt=False, return_labels=True); k = (e["labels"] >= 0).sum()
-        total, n = total + m(**e).loss * k, n + k
+        total, n = total + m(**e).loss * k ** .5, n + k ** .5       # each answer weighs the root of its length
     assert abs(packed.item() - (total / n).item()) < 1e-5
     (total / n).backward()
     worst = max((p.grad - grads[k]).abs().max().item() for k, p in m.named_parameters() if p.grad is not None and k in grads)
@@ -160,6 +161,75 @@ def test_only_the_last_turn_is_scored(proc):
     history = say("Which?", "red") + ask("left?", 0)
     (lp, n), = M.score_batch(m, proc, [(A, history, "yes")])
     assert n == len(M.text_ids(proc.tokenizer, "yes")) + 1 and lp < 0
+
+def test_long_answers_do_not_drown_short_ones(tok):
+    "Each labelled token of a packed row weighs one over the root of its answer's length; the loss is the weighted mean."
+    m = make(); samples = [say("Which?", "yes"), say("When does it jump?", "The red circle moves left from 0.5s to 1.5s.")]
+    row = M.training_rows(samples, A, tok); w, l = row["label_weights"], row["labels"] != -100
+    lengths = [len(M.text_ids(tok, s[-1]["content"][0]["text"])) + 1 for s in samples]
+    assert torch.allclose(w[l], torch.tensor([n ** -.5 for n in lengths for _ in range(n)])) and not w[~l].any()
+    batch = M.collate_rows([row]); logits = m(**{**batch, "labels": None, "label_weights": None}).logits
+    nll = torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:].clamp(min=0), reduction="none")
+    assert torch.allclose(m(**batch).loss, (nll * w[1:]).sum() / w[1:].sum(), atol=1e-5)
+
+def test_read_only_tokens_are_taken_without_a_warning(proc):
+    "What comes out of the store is read-only, and may be a memory map."
+    import warnings
+    v = clip(3); v.tokens.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = M.stack_tokens([v, clip(2)])
+        M.embed(make_once(), v)
+    assert x.dtype == torch.float32 and np.array_equal(x[:3].numpy(), v.tokens.astype(np.float32))
+    x[0] = 7; assert v.tokens[0, 0, 0] != 7
+
+# ---------------------------------------------------------------- parity
+def random_chat(rng):
+    "A request with no, one or several videos, in one turn or more."
+    words = lambda: " ".join(rng.choice(["Which", "colour", "is", "the", "circle?", "When", "blue", "square", "0.5s", "left"], rng.integers(1, 6)))
+    chat, videos = [], []
+    for turn in range(n := int(rng.integers(1, 4))):
+        k = int(rng.integers(0, 3)) if turn == 0 else int(rng.random() < .3)
+        videos += [clip(int(rng.integers(1, 6)), int(rng.choice([1, 4, 16])), int(rng.integers(99))) for _ in range(k)]
+        chat += ask(words(), k) + ([{"role": "assistant", "content": words()}] if turn < n - 1 else [])
+    return chat, videos
+
+def test_many_requests_alone_together_and_by_generate(proc):
+    "Greedy ids of 24 random requests: packed in one batch, one by one, and by transformers' generate."
+    m, rng = make(loud=9), np.random.default_rng(3)
+    asked = [random_chat(rng) for _ in range(24)]
+    assert any(not v for _, v in asked) and any(len(v) > 1 for _, v in asked) and any(len(c) > 2 for c, _ in asked)
+    together = M.answer_batch(m, proc, [(v, c) for c, v in asked], max_new_tokens=6)
+    for (chat, videos), said in zip(asked, together):
+        inputs = proc(chat, videos); out = m.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=M.stop_ids(proc), pad_token_id=0)
+        assert proc.tokenizer.decode(out[0, inputs.input_ids.shape[1]:], skip_special_tokens=True).strip() == said
+        assert M.answer(m, proc, videos, chat, max_new_tokens=6) == said
+
+def test_stored_tokens_answer_as_fresh_frames(proc, tmp_path):
+    "From a file: encoded now, from the store, and from the disk by another store: the same numbers, the same words."
+    from video_vlm.data import probe, tiny_clips
+    from video_vlm.frames import plan_frames
+    from video_vlm.store import TokenStore, visual_tokens
+    m = make(loud=9); path = tiny_clips(tmp_path / "clips")[0]
+    plan = plan_frames(probe(path), fps=4, max_frames=7, size=32)
+    store = TokenStore(tmp_path / "store")
+    got = [visual_tokens(path, plan, m.encoder, s) for s in (None, store, store, TokenStore(tmp_path / "store"))]
+    for v in got[1:]: assert np.array_equal(v.tokens, got[0].tokens) and np.array_equal(v.starts, got[0].starts)
+    assert store.counters["encodes"] == 1 and len({M.answer(m, proc, v, "Which colour?", max_new_tokens=6) for v in got}) == 1
+
+# ---------------------------------------------------------------- planning
+@settings(max_examples=40, deadline=None)
+@given(seconds=st.floats(.2, 4000), context=st.integers(160, 4000), text=st.text(max_size=30), k=st.integers(0, 2), n=st.integers(1, 10 ** 5))
+def test_planned_is_what_is_asked(seconds, context, text, k, n):
+    "The planner's count of a question is the number of ids that the model gets."
+    from types import SimpleNamespace
+    from video_vlm.budget import BudgetError
+    probe = SimpleNamespace(duration=seconds, keyframes=(0.,), n_frames=n)
+    try: plans, receipt = M.plan_question(make_once(), PROC(), [probe] * k, text, transcript=[dict(start=0., end=1., text="hello")] if n % 2 else None, context=context, reserve=32)
+    except BudgetError: return
+    messages = M.ask_messages(text, k, [dict(start=0., end=1., text="hello")] if n % 2 else None)
+    assert receipt.prompt == PROC().count(messages, plans) <= context - 32 and all(p.size == 32 for p in plans)
+    assert all(0 < a <= b for a, b in receipt.frames) and bool(receipt.note()) == any(a < b for a, b in receipt.frames) or receipt.steps
 
 # ---------------------------------------------------------------- prompts
 plans = st.builds(lambda T, g, n, step: FramePlan(times=tuple(np.arange(T) * step), start=0., end=T * step, policy="fps", size=32, group=g, tokens_per_group=n),
@@ -320,6 +390,7 @@ def test_presets(name, lm, tokens):
     with torch.device("meta"): m = M.VideoVLMForConditionalGeneration(cfg)
     D, H = cfg.encoder_config.width, cfg.text_config.hidden_size
     assert m.projector.up.weight.shape == (H, D) and m.projector.position.shape == (tokens, D)
+    if name in PRESETS: assert (cfg.encoder_config.size, cfg.encoder_config.group, cfg.encoder_config.tokens_per_group) == (PRESETS[name].size, PRESETS[name].group, PRESETS[name].tokens_per_group)
     out = m.encoder(torch.empty(2, cfg.encoder_config.group, 3, m.encoder.size, m.encoder.size, device="meta"), torch.ones(2, cfg.encoder_config.group, dtype=torch.bool, device="meta"))
     assert out.shape == (2, tokens, D) and m.project(out).shape == (2 * tokens, H)
     e = m.get_input_embeddings()(torch.zeros(1, 7, dtype=torch.long, device="meta"))

@@ -40,6 +40,25 @@ def test_whole_gate_catches_a_five_point_fall_and_names_the_slice():
 def test_family_wise_error_with_many_candidates(churn, q):
     assert R.simulate_gate(2000, churn=churn, q=q, seed=99)[0] <= .05 + 2.33*np.sqrt(.05*.95/2000)
 
+@pytest.mark.slow
+@pytest.mark.parametrize("churn", [0., .02, .05, .1])
+def test_the_stated_design_reaches_its_power(churn):
+    "As many questions a clip as `questions_needed` says: a 5-point fall in one slice of 200 clips is caught 8 times of 10, with unchanged candidates passing."
+    q = R.questions_needed(churn); n = 400
+    assert R.simulate_gate(n, churn=churn, q=q, fall=.05, seed=501)[1] >= .8-2.33*np.sqrt(.8*.2/n)
+    assert R.simulate_gate(n, churn=churn, q=q, seed=502)[0] <= .05+2.33*np.sqrt(.05*.95/n)
+
+def test_predictions_come_from_files_or_not_at_all(tmp_path):
+    c, l = R.tiny_predictions(5); (tmp_path/"a.json").write_text(json.dumps([p.__dict__ for p in l])); assert len(R.load_predictions(tmp_path/"a.json")) == 15
+    (tmp_path/"b.json").write_text("{}"); (tmp_path/"c.jsonl").write_text("nonsense")
+    for n in ("b.json", "c.jsonl", "none"):
+        with pytest.raises(R.ReleaseError): R.load_predictions(tmp_path/n)
+
+def test_a_preview_checks_and_writes_nothing(tmp_path):
+    reg, v1, v2 = started(tmp_path); before, s = (tmp_path/"reg/serving.json").read_text(), reg.state()
+    assert R.preview(R.Registry(tmp_path/"reg")).promote(v2)["would"] == "canary" and reg.state() == s and (tmp_path/"reg/serving.json").read_text() == before
+    with pytest.raises(R.ReleaseError): R.preview(R.Registry(tmp_path/"reg")).promote(v1)
+
 def test_slices_of_questions_of_one_clip_are_not_independent_facts():
     "Forty clips lost whole: twenty questions each must not look like 800 facts."
     d = np.zeros((60, 1)); d[:3] = -20; d[3] = 20

@@ -7,7 +7,7 @@ import pytest
 from video_vlm.data import VideoVLMError, load_samples, probe
 from video_vlm.frames import read_frames
 from video_vlm.world import (ACTIONS, COLOURS, LEVELS, NEW_ACTIONS, NEW_TEXTURE, WORDINGS, WorldConfig, captions, facts, is_held_out, make_scene,
-                             questions, render, rgb, samples_of, state_at, truth_maps, write_world)
+                             questions, refer, render, rgb, samples_of, state_at, truth_maps, write_world)
 
 SEEDS = range(5000, 5060)
 
@@ -65,6 +65,21 @@ def test_answers_are_unique_and_wordings_held_out():
         assert not train & test
         assert captions(s)[-1] not in captions(s)[:-1]
     assert all(len(w) > 1 for w in WORDINGS.values())
+
+def test_a_name_in_a_question_fits_one_object_only():
+    rng = np.random.default_rng(0)
+    for k in SEEDS:
+        s = make_scene(k)
+        for i, o in enumerate(s.things):
+            for name in {refer(s, i, rng) for _ in range(9)}:
+                words = set(name.split())-{"object"}
+                assert [t for t in s.things if words <= {t.colour, t.shape}] == [o], (name, s.things)
+
+def test_held_out_wordings_use_words_that_training_has():
+    "A language model that has only read these clips cannot know a word it never met."
+    words = lambda t: {w for w in "".join(c if c.isalpha() else " " for c in t).lower().split()}
+    known = set().union(*(words(w) for ws in WORDINGS.values() for w in ws[:-1]))
+    assert set().union(*(words(ws[-1]) for ws in WORDINGS.values())) <= known
 
 def test_files_are_real_videos_with_the_times_they_should_have(tmp_path):
     write_world(tmp_path, WorldConfig(n=12, size=96), workers=2)

@@ -6,13 +6,13 @@
 __all__ = ['PRESETS', 'CHATML', 'BudgetError', 'smaller_grid', 'shapes', 'BudgetLimits', 'tenths', 'TokenCounter', 'counter_of',
            'count_with', 'Request', 'transcript_text', 'PromptFormat', 'safe_text', 'parts_of', 'spoken_text',
            'with_transcripts', 'Slot', 'Turn', 'lay_turn', 'span_of', 'frame_levels', 'lay_ladder', 'frames_of',
-           'at_least', 'plan_of', 'times_of', 'exact', 'Receipt', 'exchanges', 'say', 'walk', 'fit_encoder',
-           'last_level', 'longest_clip', 'round_down', 'in_words', 'least_of', 'too_big', 'refuse', 'fixed', 'lay_out',
-           'plan_request', 'write_receipt', 'seconds_in']
+           'at_least', 'plan_of', 'keyframe_times', 'times_of', 'exact', 'Receipt', 'exchanges', 'say', 'walk',
+           'fit_encoder', 'last_level', 'longest_clip', 'round_down', 'in_words', 'least_of', 'too_big', 'refuse',
+           'fixed', 'lay_out', 'plan_request', 'write_receipt', 'plan_video', 'seconds_in']
 
-# %% ../nbs/02a_budget.ipynb #fc8c45e5
+# %% ../nbs/02a_budget.ipynb #673eb98f
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 import numpy as np
@@ -20,14 +20,14 @@ from fastcore.basics import patch
 from .data import VideoVLMError
 from .frames import POLICIES, FramePlan, plan_frames
 
-# %% ../nbs/02a_budget.ipynb #e03a7b99
+# %% ../nbs/02a_budget.ipynb #265e8dde
 class BudgetError(VideoVLMError):
     "A request that cannot be made to fit. `.code` is one of no_probe, bad_part, bad_limits, too_long, encoder_cache, text_too_long."
     def __init__(self, message, code="too_long", needed=None, available=None, max_seconds=None):
         super().__init__(message)
         self.code, self.needed, self.available, self.max_seconds = code, needed, available, max_seconds
 
-# %% ../nbs/02a_budget.ipynb #7c335bd7
+# %% ../nbs/02a_budget.ipynb #b929ee7e
 def smaller_grid(tokens:int # Tokens of a group, a square number
                 )->int|None: # The next smaller legal number, or None at 1
     "Pool a square grid once more, by the smallest divisor of its side."
@@ -52,7 +52,7 @@ def shapes(group:int, # Frames averaged into a group
         if step is None: return tuple(out)
         out.append(step); time_next = not time_next
 
-# %% ../nbs/02a_budget.ipynb #79720af8
+# %% ../nbs/02a_budget.ipynb #4755723d
 @dataclass(frozen=True)
 class BudgetLimits:
     "What must not be exceeded, and what is tried first."
@@ -79,10 +79,10 @@ class BudgetLimits:
 PRESETS = dict(
     tiny=BudgetLimits(2048, 64, fps=4, max_frames=32, size=128),
     smol=BudgetLimits(8192, 256, fps=4, max_frames=32, size=128),
-    base=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=224),
+    base=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=256),
     large=BudgetLimits(32768, 1024, fps=1, max_frames=8192, size=384, group=4, tokens_per_group=64, max_group=16))
 
-# %% ../nbs/02a_budget.ipynb #4c5290fa
+# %% ../nbs/02a_budget.ipynb #65eebd6a
 def tenths(times # Seconds, any length
           )->np.ndarray: # int64: the number printed by f"{t:.1f}", times ten
     "Tenths of a second exactly as string formatting rounds them."
@@ -93,7 +93,7 @@ def tenths(times # Seconds, any length
         for i in np.flatnonzero(near & (t*4 != np.rint(t*4))): out[i] = float(f"{t[i]:.1f}".replace(".", ""))
     return out.astype(np.int64)
 
-# %% ../nbs/02a_budget.ipynb #b3dbf014
+# %% ../nbs/02a_budget.ipynb #ad0b562f
 class TokenCounter:
     "Token counts of texts and timestamps; the tokenizer sees each string once. Safe to share between threads."
     longest = 48*3600*10   # tenths kept in the table: two days, 3.5 MB when full
@@ -120,7 +120,7 @@ class TokenCounter:
         table[at] = [self.count_text(f"{k//10}.{k%10}s") for k in at.tolist()]
         return table
 
-# %% ../nbs/02a_budget.ipynb #dc1cf795
+# %% ../nbs/02a_budget.ipynb #45b12468
 @patch
 def warm(self:TokenCounter, seconds:float=7200)->TokenCounter:
     "Fill the timestamp table up to here."
@@ -147,7 +147,7 @@ def count_with(tokenizer # A transformers tokenizer
     if fast is None: return lambda s: len(tokenizer(s, add_special_tokens=False).input_ids)
     return lambda s: len(fast.encode(s, add_special_tokens=False).ids)
 
-# %% ../nbs/02a_budget.ipynb #f60033b4
+# %% ../nbs/02a_budget.ipynb #6f4596cf
 @dataclass(frozen=True)
 class Request:
     "What a caller asks, before any media is decoded."
@@ -168,7 +168,7 @@ def transcript_text(segments, # List of {"start", "end", "text"}, or plain text
     kept = [s for s in segments if s["end"] > start and s["start"] < end]
     return "".join(["Transcript:\n"] + [f"{s['start']:.1f}s: {s['text']}\n" for s in kept]) if kept else ""
 
-# %% ../nbs/02a_budget.ipynb #0a55e84e
+# %% ../nbs/02a_budget.ipynb #49e2669e
 @dataclass(frozen=True)
 class PromptFormat:
     "The chat template in pieces; one special token opens a turn and one closes it."
@@ -191,7 +191,7 @@ def parts_of(message)->list:
     content = message.get("content") or ""
     return [dict(type="text", text=content)] if isinstance(content, str) else content
 
-# %% ../nbs/02a_budget.ipynb #38ebf44e
+# %% ../nbs/02a_budget.ipynb #19ea26fe
 def spoken_text(part, request)->str:
     "The transcript of an audio part, cut to the span that is asked about."
     start, end = part.get("start", request.start), part.get("end", request.end)
@@ -204,7 +204,7 @@ def with_transcripts(messages:list, # Messages with parts of type audio
     def part(p): return dict(type="text", text=spoken_text(p, request)) if p.get("type") == "audio" else p
     return [{**m, "content": m["content"] if isinstance(m["content"], str) else [part(p) for p in m["content"]]} for m in messages]
 
-# %% ../nbs/02a_budget.ipynb #c10c5773
+# %% ../nbs/02a_budget.ipynb #9685fc38
 @dataclass
 class Slot:
     "One video or image of the prompt, and where it stands on its ladder."
@@ -212,12 +212,13 @@ class Slot:
     part:dict # The message part
     probe:object=None # Duration, keyframes, frame count
     span:tuple=(0., 0., 1.) # Start, end, wanted fps
-    wanted:int=1 # Frames that the wanted fps would give, without any cap
+    wanted:int=1 # Frames that the wanted fps would give (no more than the video has), without any cap
     levels:tuple=() # (frames, policy, group, tokens), cheaper and cheaper
     n_frame_levels:int=1 # Of these, how many lower the frame count
     least:tuple=() # A lower bound on the tokens of each level
     at:int=0 # The level it stands on
     costs:dict=field(default_factory=dict) # Level -> exact tokens
+    times:dict=field(default_factory=dict) # (frames, policy) -> the times of a level, seconds
 
 @dataclass
 class Turn:
@@ -242,7 +243,7 @@ def lay_turn(message, i, request, counter, fmt)->Turn:
     turn.audio = count(whole)-count(bare) if whole != bare else 0
     return turn
 
-# %% ../nbs/02a_budget.ipynb #4f9d6b88
+# %% ../nbs/02a_budget.ipynb #5fb65991
 def span_of(slot, request, limits)->tuple:
     "(start, end, fps) that are looked at, in seconds, and the wanted cap."
     part, whole = slot.part, max(float(slot.probe.duration), 1e-6)
@@ -280,30 +281,42 @@ def frames_of(slot, request, limits)->tuple:
     if end <= start: raise BudgetError(f"the span {start:.1f}..{end:.1f} s is empty or outside of the video ({probe.duration:.1f} s)", "bad_part")
     keys = probe.keyframes if probe.keyframes is not None else ()
     n_keys = bisect_left(keys, end)-bisect_left(keys, start)
-    slot.wanted = max(1, math.ceil((end-start)*fps-1e-6))
-    n = min(cap, slot.wanted, getattr(probe, "n_frames", 0) or cap)
+    slot.wanted = max(1, min(math.ceil((end-start)*fps-1e-6), getattr(probe, "n_frames", 0) or math.inf))
+    n = min(cap, slot.wanted)
     if request.policy != "fps": n = plan_frames(probe, fps, cap, request.policy, start, end).n_frames   # only the policy knows
     return n, min(n, max(limits.min_frames, min(n_keys or math.inf, math.ceil((end-start)*limits.min_fps)))), n_keys
 
-# %% ../nbs/02a_budget.ipynb #277069ad
+# %% ../nbs/02a_budget.ipynb #c246b8c2
 def at_least(slot)->int:
     "A lower bound on the tokens of a slot on its level."
     return slot.least[slot.at]
 
 def plan_of(slot, request, limits)->FramePlan:
-    "The frame plan of the level on which a slot stands."
+    "The frame plan of the level on which a slot stands: what `plan_frames` would make."
     frames, policy, group, tokens = slot.levels[slot.at]
     if slot.kind == "image": return FramePlan((0.,), 0., 0., "image", limits.size, group, tokens)
     start, end, fps = slot.span
-    return plan_frames(slot.probe, fps=fps, max_frames=frames, policy=policy, start=start, end=end, size=limits.size, group=group, tokens_per_group=tokens)
+    if policy in ("shots", "focus"):
+        return plan_frames(slot.probe, fps=fps, max_frames=frames, policy=policy, start=start, end=end, size=limits.size, group=group, tokens_per_group=tokens)
+    return FramePlan(tuple(times_of(slot, request, limits).tolist()), start, end, policy, limits.size, group, tokens)
+
+def keyframe_times(keys, start, end, most)->np.ndarray:
+    "At most `most` of the keyframes in the span, evenly chosen; where it has none, the last one before it. Two bisections instead of a scan."
+    inside = keys[bisect_left(keys, start):bisect_left(keys, end)]
+    if not len(inside): inside = [keys[i-1] if (i := bisect_right(keys, start)) else start]
+    if len(inside) <= most: return np.asarray(inside, float)
+    return np.array([inside[i] for i in np.linspace(0, len(inside)-1, most).round().astype(int)])
 
 def times_of(slot, request, limits)->np.ndarray:
-    "The times that `plan_frames` would choose, without making a plan (the property tests hold the two together)."
+    "The times that `plan_frames` would choose, remembered (the property tests hold the two together)."
     frames, policy, *_ = slot.levels[slot.at]
-    if policy in ("shots", "focus"): return np.array(plan_of(slot, request, limits).times)
-    start, end, fps = slot.span
-    t = np.round(POLICIES[policy](slot.probe, start, end, fps, frames), 6)
-    return t if (t[1:] > t[:-1]).all() else np.unique(t)
+    if (frames, policy) not in slot.times:
+        start, end, fps = slot.span
+        if policy in ("shots", "focus"): t = np.array(plan_of(slot, request, limits).times)
+        elif policy == "keyframes": t = np.round(keyframe_times(() if slot.probe.keyframes is None else slot.probe.keyframes, start, end, frames), 6)
+        else: t = np.round(POLICIES[policy](slot.probe, start, end, fps, frames), 6)
+        slot.times[frames, policy] = t if (t[1:] > t[:-1]).all() else np.unique(t)
+    return slot.times[frames, policy]
 
 def exact(slot, request, limits, counter)->int:
     "Tokens of a slot on its level: placeholders and timestamps, as `model.video_ids` will write them."
@@ -314,7 +327,7 @@ def exact(slot, request, limits, counter)->int:
         slot.costs[slot.at] = len(starts)*tokens + counter.timestamps(starts)
     return slot.costs[slot.at]
 
-# %% ../nbs/02a_budget.ipynb #9b8e6971
+# %% ../nbs/02a_budget.ipynb #7ba8a033
 @dataclass(frozen=True)
 class Receipt:
     "Where the tokens of a request go, and what had to give way."
@@ -337,11 +350,15 @@ class Receipt:
         "The messages without those that were dropped."
         return [m for i, m in enumerate(messages) if i not in self.dropped]
     def as_dict(self): return {**asdict(self), "prompt": self.prompt, "free": self.free}
+    def note(self)->str:
+        "One line for people: what was given up, or nothing."
+        few = [f"video {i+1}: {n} of {wanted} frames looked at" for i, (n, wanted) in enumerate(self.frames) if n < wanted]
+        return "; ".join(few+[s for s in self.steps if "frames" not in s or "groups" in s])
     def _repr_markdown_(self):
         rows = "".join(f"| {k} | {getattr(self, k):,} |\n" for k in ("text", "image", "audio", "video", "reserve", "free", "context"))
         return "| | tokens |\n|---|---:|\n" + rows + "".join(f"- {s}\n" for s in self.steps)
 
-# %% ../nbs/02a_budget.ipynb #16f75414
+# %% ../nbs/02a_budget.ipynb #89692166
 def exchanges(messages)->list:
     "Indexes of droppable messages, grouped as question with its answers, oldest first."
     roles = [m["role"] for m in messages]
@@ -357,7 +374,7 @@ def _leading(roles, what):
         if r != what: return
         yield r
 
-# %% ../nbs/02a_budget.ipynb #b42b04e7
+# %% ../nbs/02a_budget.ipynb #f51b1a4f
 def say(slot, name):
     "One rung in words."
     (f0, p0, g0, n0), (f1, p1, g1, n1) = slot.levels[slot.at-1], slot.levels[slot.at]
@@ -385,7 +402,7 @@ def fit_encoder(slots, staying, request, limits, counter, fmt)->list:
             s.at += 1; steps.append(say(s, f"{s.kind} {i+1}") + " (encoder cache)")
     return steps
 
-# %% ../nbs/02a_budget.ipynb #1d2ec78a
+# %% ../nbs/02a_budget.ipynb #9dd9019b
 def last_level(slot, request, limits, counter)->int:
     "Tokens at the end of the ladder: the least that this video can cost."
     slot.at = len(slot.levels)-1
@@ -399,7 +416,7 @@ def longest_clip(slot, room, request, limits, counter)->float:
     seconds = (end-start)*min(1., 1.2*room/tokens)
     for _ in range(60):
         if (seconds := round_down(seconds)) < .5: return 0.
-        short = replace(slot, part={**slot.part, "start": start, "end": start+seconds}, costs={})
+        short = replace(slot, part={**slot.part, "start": start, "end": start+seconds}, costs={}, times={})
         if last_level(lay_ladder(short, request, limits, counter), request, limits, counter) <= room: return seconds
         seconds *= .95
     return 0.
@@ -408,7 +425,7 @@ def round_down(seconds): return math.floor(seconds/6)*6. if seconds >= 60 else m
 
 def in_words(seconds): return f"{seconds/60:.1f} minutes" if seconds >= 60 else f"{seconds:.1f} seconds"
 
-# %% ../nbs/02a_budget.ipynb #babe6762
+# %% ../nbs/02a_budget.ipynb #7dab0fe3
 def least_of(turns, request, limits, counter, fmt)->int:
     "Tokens of these turns with every video at its least, and of what surrounds them."
     return fixed(counter, fmt) + sum(t.text+t.audio+sum(last_level(s, request, limits, counter) for s in t.slots) for t in turns)
@@ -437,7 +454,7 @@ def refuse(turns, slots, request, limits, counter, fmt)->BudgetError:
 
 def fixed(counter, fmt): return fmt.bos+1+counter(fmt.ask)
 
-# %% ../nbs/02a_budget.ipynb #a0c0532a
+# %% ../nbs/02a_budget.ipynb #95feab86
 def lay_out(request, limits, counter, fmt):
     "Turns and slots of a request, every slot on the top of its ladder."
     turns = [lay_turn(m, i, request, counter, fmt) for i, m in enumerate(request.messages)]
@@ -474,7 +491,7 @@ def plan_request(request:Request, # Messages and probes
     plans = tuple(plan_of(s, request, limits) for s in live)
     return plans, write_receipt(kept, live, plans, limits, counter, fmt, steps, dropped)
 
-# %% ../nbs/02a_budget.ipynb #d77699bb
+# %% ../nbs/02a_budget.ipynb #641df845
 def write_receipt(turns, slots, plans, limits, counter, fmt, steps, dropped)->Receipt:
     "Tokens by modality; timestamps are billed to their video."
     bill = dict(text=fixed(counter, fmt)+sum(t.text for t in turns), audio=sum(t.audio for t in turns), image=0, video=0)
@@ -482,7 +499,19 @@ def write_receipt(turns, slots, plans, limits, counter, fmt, steps, dropped)->Re
     frames = tuple((p.n_frames, s.wanted) for s, p in zip(slots, plans) if s.kind == "video")
     return Receipt(**bill, context=limits.context, reserve=limits.reserve, steps=tuple(steps), dropped=tuple(sorted(dropped)), frames=frames)
 
-# %% ../nbs/02a_budget.ipynb #d6cb4c72
+# %% ../nbs/02a_budget.ipynb #71ec18f7
+def plan_video(probe, # A `Clip` or `Probe`
+               limits:BudgetLimits, # Sampling and shape; the window that one clip may fill
+               count_text=len, # Function str -> int of the model's tokenizer; `len` is an upper bound
+               start:float|None=None, end:float|None=None, # Seconds: part of the clip
+               policy:str="fps" # How times are chosen, see `plan_frames`
+              )->tuple: # (`FramePlan`, `Receipt`)
+    "The plan under which training and search encode a clip."
+    request = Request([dict(role="user", content=[dict(type="video", video="v")])], {"v": probe}, start=start, end=end, policy=policy)
+    (plan,), receipt = plan_request(request, limits, count_text)
+    return plan, receipt
+
+# %% ../nbs/02a_budget.ipynb #32c00751
 def seconds_in(context:int, # Tokens of the window
                limits:BudgetLimits, # Shape and fps; its own context and cap are ignored
                count_text, # Function str -> int

@@ -8,17 +8,18 @@ __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', '
            'probe', 'isolated', 'content_id', 'utc_now', 'Clip', 'Sample', 'atomic_write', 'save_samples',
            'load_samples', 'finish_stage', 'open_stage', 'nearest', 'read_small', 'parse_subtitles', 'iso',
            'public_address', 'fetch_url', 'IngestConfig', 'Source', 'chat', 'read_annotations', 'expand', 'examine',
-           'ingest', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe',
-           'datasheet']
+           'Journal', 'thread_map', 'ingest', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips',
+           'whisper', 'transcribe', 'datasheet']
 
 # %% ../nbs/00_data.ipynb #3a4c3924
 import atexit, csv, hashlib, importlib.util, itertools, json, os, pickle, re, signal, subprocess, sys, threading, time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from fractions import Fraction
+from functools import lru_cache, partial
 from glob import glob, has_magic
 from io import BytesIO
 from multiprocessing.connection import Connection, Pipe
@@ -335,9 +336,16 @@ class _Names(pickle.Unpickler):
         here = getattr(sys.modules["__main__"], name, None)
         if module.startswith("video_vlm.") and getattr(here, "__module__", "") == "__main__": return here
         if module == "__main__" and here is None:
-            syms = importlib.import_module("video_vlm._modidx").d["syms"]
-            module = next((m for m, names in syms.items() if any(k.endswith("."+name) for k in names)), module)
+            module = next((m for m, names in _exported().items() if any(k.endswith("."+name) for k in names)), module)
         return super().find_class(module, name)
+
+def _exported(tries=20):
+    "{module: names} of the package; another export may be rewriting the list at this moment."
+    for k in range(tries):
+        try: return importlib.import_module("video_vlm._modidx").d["syms"]
+        except (ImportError, SyntaxError, AttributeError):
+            if k == tries-1: raise
+            importlib.invalidate_caches(); time.sleep(.2)
 
 def _worker_main(fd:int, memory_bytes:int):
     "Loop of a worker process: receive (fn, args, timeout), answer (ok, value)."
@@ -774,8 +782,13 @@ def _folder_sources(folder) -> list:
     for d, _, names in os.walk(folder):
         for n in names:
             if (s := os.path.splitext(n)[1].lower()) in VIDEO_SUFFIXES: out.append(Source(os.path.join(d, n)))
-            elif s == ".tar": out += _tar_sources(os.path.join(d, n))
+            elif s == ".tar": out += _tar_or_broken(os.path.join(d, n))
     return out
+
+def _tar_or_broken(path):
+    "Members of a shard; a shard that is none is one source, and will be a row that says so."
+    try: return _tar_sources(path)
+    except VideoVLMError: return [Source(path)]
 
 # %% ../nbs/00_data.ipynb #ea2e7133
 def _url_sources(url, out, cfg) -> list:
@@ -786,11 +799,21 @@ def _url_sources(url, out, cfg) -> list:
     if url.startswith(("http://", "https://")): return [Source(url, dict(source=url))]
     try: fs, p = fsspec.core.url_to_fs(url); found = fs.glob(p) if has_magic(p) else fs.find(p)
     except (ImportError, OSError, ValueError) as e: raise VideoVLMError(f"cannot list {url}: {e}") from None
-    return [Source(fs.unstrip_protocol(f)) for f in found if Path(f).suffix.lower() in VIDEO_SUFFIXES]
+    shards = [o for f in found if f.endswith(".tar") for o in _url_sources(fs.unstrip_protocol(f), out, cfg)]
+    return [Source(fs.unstrip_protocol(f), _remote_beside(fs, f, set(found))) for f in found if Path(f).suffix.lower() in VIDEO_SUFFIXES] + shards
+
+def _remote_beside(fs, f, found) -> dict:
+    "Facts of the sidecars of a video on object storage; without a date of their own they count from today."
+    out, stem = {}, f[:f.rfind(".")]
+    for s in SIDECARS:
+        if stem+s in found and fs.size(stem+s) < 4<<20: _merge(out, _sidecar(s, fs.cat_file(stem+s), os.path.basename(stem+s), utc_now()))
+    return out
 
 def _row_sources(rows, out) -> tuple:
     "Rows of a `datasets` data set or a list of dicts: a path, a URL, bytes or {'bytes', 'path'} under `video`."
     sources, samples = [], []
+    for k, f in (getattr(rows, "features", None) or {}).items():
+        if type(f).__name__ == "Video": rows = rows.cast_column(k, type(f)(decode=False)) # the file, not a decoder of it
     for r in rows:
         v = r.get("video") or r.get("path") or r.get("url")
         if isinstance(v, dict): v = v.get("bytes") or v.get("path")
@@ -921,7 +944,9 @@ def _expand_one(s, out, cfg) -> tuple:
         notes = os.path.join(s, "annotations.jsonl")
         named, samples = read_annotations(notes) if os.path.exists(notes) else ([], [])
         return _folder_sources(s) + named, samples
-    if has_magic(s) and not os.path.exists(s): return [o for f in glob(s, recursive=True) for o in _expand_one(f, out, cfg)[0]], []
+    if has_magic(s) and not os.path.exists(s):
+        parts = [_expand_one(f, out, cfg) for f in glob(s, recursive=True)]
+        return [o for p in parts for o in p[0]], [o for p in parts for o in p[1]]
     suffix = Path(s).suffix.lower()
     if not os.path.exists(s): raise VideoVLMError(f"{s} does not exist: expected a folder, glob, video, .tar, annotation file or URL")
     if suffix == ".tar": return _tar_sources(s), []
@@ -936,9 +961,12 @@ def examine(path, limits:Limits=Limits()) -> dict:
     names = {f.name for f in fields(Clip)}
     return {**{k: v for k, v in p.items() if k in names}, "id": content_id(path), "keyframes": list(p["keyframes"]), "flags": list(p["flags"])}
 
+@lru_cache(8)
+def _stops(blocked): return {*blocked, *map(os.path.realpath, blocked)} - {""} # a path is blocked however it is written
+
 def _decide(row, cfg):
     "Add the decisions of the licence allow-list and of consent; refuse what is blocked."
-    if {row["id"], row["uri"], row["creator"], row["source"]} & set(cfg.blocked): row.update(reason="blocked", detail=REASONS["blocked"])
+    if {row["id"], row["uri"], os.path.realpath(row["uri"]), row["creator"], row["source"]} & _stops(cfg.blocked): row.update(reason="blocked", detail=REASONS["blocked"])
     if cfg.allow_licences:
         ok = row["licence"].strip().lower() in {o.strip().lower() for o in cfg.allow_licences}
         row["decisions"].append(dict(rule="licence", ok=ok, detail=row["licence"] or "none stated"))
@@ -989,18 +1017,22 @@ def _rows(folder):
     return [rows[k] for k in sorted(rows)]
 
 # %% ../nbs/00_data.ipynb #c319d0fe
+class Journal:
+    "JSON lines that survive a kill: each is one write, and a half-written last line is cut off when the file is opened again. `rows` are those found."
+    def __init__(self, path):
+        self.path, self.lock = Path(path), threading.Lock(); raw = self.path.read_bytes() if self.path.exists() else b""; whole = raw[:raw.rfind(b"\n")+1]
+        if len(whole) < len(raw): os.truncate(self.path, len(whole))
+        self.rows, self.file = [json.loads(l) for l in whole.splitlines()], open(self.path, "ab", buffering=0)
+    def add(self, row):
+        with self.lock: self.file.write((json.dumps(row) + "\n").encode())
+    def __enter__(self): return self
+    def __exit__(self, *_): os.fsync(self.file.fileno()); self.file.close()
+
 def _journal(path) -> tuple:
-    "(rows by path, times each path was begun) of a journal; a half-written last line (the process was killed) is cut off."
-    if not path.exists(): return {}, {}
-    raw = path.read_bytes(); keep = raw.rfind(b"\n") + 1
-    if keep < len(raw):
-        with open(path, "r+b") as f: f.truncate(keep)
-    rows, begun = {}, {}
-    for l in raw[:keep].splitlines():
-        r = json.loads(l)
-        if "begin" in r: begun[r["begin"]] = begun.get(r["begin"], 0) + 1
-        else: rows[r["uri"]] = r
-    return rows, begun
+    "(rows by path, times each path was begun) of an ingest journal."
+    if not Path(path).exists(): return {}, {}
+    with Journal(path) as j: found = j.rows
+    return {r["uri"]: r for r in found if "begin" not in r}, dict(Counter(r["begin"] for r in found if "begin" in r))
 
 def _unchanged(row):
     "Is the file of a row still the one that was measured?"
@@ -1009,23 +1041,30 @@ def _unchanged(row):
     return (st.st_size, st.st_mtime_ns) == (row["bytes"], row["mtime_ns"])
 
 # %% ../nbs/00_data.ipynb #adc2847b
-def _measure(sources, out, cfg, bar, attempts=3) -> tuple:
+def thread_map(fn, items, workers:int=0):
+    "Yield (item, fn(item)) as they are done. `items` may be endless: one is taken when a thread is free for it. The default engine; another is any function (fn, items)."
+    items = iter(items)
+    with ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as ex:
+        running = {ex.submit(fn, x): x for x in itertools.islice(items, ex._max_workers)}
+        while running:
+            for f in wait(running, return_when=FIRST_COMPLETED).done:
+                x = running.pop(f)
+                for y in itertools.islice(items, 1): running[ex.submit(fn, y)] = y
+                yield x, f.result()
+
+def _measure(sources, out, cfg, bar, engine=None, attempts=3) -> tuple:
     "Rows of `sources`, in their order, measured in parallel through the journal; and how many were begun in all."
-    journal = Path(out)/"journal.jsonl"; rows, begun = _journal(journal)
-    done, lock = {k: r for k, r in rows.items() if _unchanged(r)}, threading.Lock()
+    path = Path(out)/"journal.jsonl"; rows, begun = _journal(path); done = {k: r for k, r in rows.items() if _unchanged(r)}
     todo = [s for s in sources if _local(s, out) not in done]; bar.update(len(sources)-len(todo))
-    with open(journal, "ab", buffering=0) as f:
-        def log(d):
-            with lock: f.write((json.dumps(d) + "\n").encode())
-        def one(s):
-            path = _local(s, out)
-            if begun.get(path, 0) >= attempts: r = asdict(Clip("", path, reason="crashed", detail=f"the run ended {attempts} times while this file was open"))
-            else: log(dict(begin=path)); r = _row(s, out, cfg)
-            log(r); done[path] = r
-            with lock: bar.update(1)
-        with ThreadPoolExecutor(cfg.workers or min(os.cpu_count() or 1, 8)) as ex:
-            for _ in ex.map(one, todo): pass
-        os.fsync(f.fileno())
+    with Journal(path) as journal:
+        def keep(r): journal.add(r); done[r["uri"]] = r; bar.update(1)
+        def fresh():
+            for s in todo:
+                p = _local(s, out)
+                if begun.get(p, 0) >= attempts: keep(asdict(Clip("", p, reason="crashed", detail=f"the run ended {attempts} times while this file was open")))
+                else: journal.add(dict(begin=p)); yield s
+        for s, r in (engine or partial(thread_map, workers=cfg.workers))(partial(_row, out=str(out), cfg=cfg), fresh()):
+            keep(r if isinstance(r, dict) else asdict(Clip("", _local(s, out), reason="crashed", detail=str(r)[:300])))
     return [done[_local(s, out)] for s in sources], sum(begun.values()) + len(todo)
 
 # %% ../nbs/00_data.ipynb #a3576363
@@ -1035,13 +1074,16 @@ def _check_config(out, cfg):
     if f.exists() and json.loads(f.read_text()) != mine: raise VideoVLMError(f"{out} was made with another config (see {f.name}): use another folder, or remove this one")
     with atomic_write(f) as g: json.dump(mine, g, indent=1)
 
-def ingest(source, out, cfg:IngestConfig=IngestConfig()) -> Path:
-    "Probe, hash and list every video of `source` (see `expand`); returns the stage folder. Run it again after a crash, or with more files: it goes on where it was."
+def ingest(source, out, cfg:IngestConfig=IngestConfig(), engine=None) -> Path:
+    """Probe, hash and list every video of `source` (see `expand`); returns the stage folder. Run it again after a crash, or with more files: it goes on where it was.
+
+    `engine(fn, items)` yields (item, fn(item) or an error) in any order: `thread_map` unless given, `scale.ray_map` for many machines.
+    """
     out = Path(out); out.mkdir(parents=True, exist_ok=True); _check_config(out, cfg)
     with _only_one(out):
         sources, samples = expand(source, out, cfg)
         if not sources: raise VideoVLMError(f"no videos in {source}: expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, .tar shards or an annotation file")
-        return _finish(source, out, samples, _ingest_new(sources, out, cfg))
+        return _finish(source, out, samples, _ingest_new(sources, out, cfg, engine))
 
 @contextmanager
 def _only_one(out):
@@ -1054,7 +1096,7 @@ def _only_one(out):
         yield
 
 # %% ../nbs/00_data.ipynb #c45fb945
-def _ingest_new(sources, out, cfg) -> int:
+def _ingest_new(sources, out, cfg, engine=None) -> int:
     "Measure what is not in the manifest yet, one shard after the other; the same bytes twice are one clip (the first by name)."
     from tqdm import tqdm
     have = {r["uri"]: r for r in _rows(out)}; n_shards, begun = len(_shards(out)), 0
@@ -1063,7 +1105,7 @@ def _ingest_new(sources, out, cfg) -> int:
     with tqdm(total=len(sources), initial=len(sources)-len(todo), desc="ingest", unit="file", disable=not cfg.progress) as bar:
         for i in range(0, len(todo), cfg.shard_rows):
             (out/"manifest.json").unlink(missing_ok=True)
-            rows, n = _measure(todo[i:i+cfg.shard_rows], out, cfg, bar); begun += n
+            rows, n = _measure(todo[i:i+cfg.shard_rows], out, cfg, bar, engine); begun += n
             for r in rows:
                 if not r["reason"] and r["id"] in seen and have.get(r["uri"], {}).get("id") != r["id"]: r.update(reason="same_bytes", detail=r["id"])
                 if not r["reason"]: seen.add(r["id"])
@@ -1138,10 +1180,20 @@ def _more_text(folder) -> dict:
         for r in pq.read_table(f, partitioning=None).to_pylist(): out.setdefault(r["id"], []).append(r)
     return out
 
+def _add_each(folder, clips, make, batch=32) -> dict:
+    "Add the rows that `make(clip)` returns, a batch at a time, so that a killed run keeps what it has; a clip that fails costs itself. Returns counts."
+    done, rows, error = 0, [], None
+    for i, c in enumerate(clips):
+        try: rows += make(c); done += 1
+        except Exception as e: error = e
+        if len(rows) >= batch or i == len(clips)-1: add_text(folder, rows); rows = []
+    if clips and not done: raise VideoVLMError(f"not one of {len(clips)} clips got a text: {type(error).__name__}: {error}") from error
+    return dict(done=done, failed=len(clips)-done)
+
 def caption_clips(folder, answer, by:str, prompt:str="Describe this video in one sentence.") -> int:
-    "Add a synthetic caption to every clip that has none by `by`, from any `answer(clip, prompt) -> str`; returns how many."
+    "Add a synthetic caption to every clip that has none by `by`, from any `answer(clip, prompt) -> str`; returns to how many. Those that failed are taken up by the next call."
     todo = [c for c in load_clips(folder) if all(o["by"] != by for o in c.captions)]
-    add_text(folder, [dict(id=c.id, text=t, by=by) for c in todo if (t := answer(c, prompt))]); return len(todo)
+    return _add_each(folder, todo, lambda c: [dict(id=c.id, text=t, by=by)] if (t := answer(c, prompt)) else [])["done"]
 
 # %% ../nbs/00_data.ipynb #0af77b53
 def whisper(model_folder, **kw):
@@ -1156,16 +1208,13 @@ def whisper(model_folder, **kw):
     return run
 
 def transcribe(folder, asr, by:str) -> dict:
-    "Add what `asr(path)` hears to every clip with audio; `asr=None` records that there was none. Returns counts."
-    clips, counts, rows = load_clips(folder), Counter(), []
-    for c in clips:
-        if not c.has_audio: counts["no_audio"] += 1
-        elif asr is None: counts["no_asr"] += 1
-        elif any(s["by"] == by for s in c.transcript): counts["had"] += 1
-        else: rows += [dict(id=c.id, by=by, **s) for s in asr(c.uri)]; counts["transcribed"] += 1
-    add_text(folder, rows)
+    "Add what `asr(path)` hears ([{start, end, text}], seconds) to every clip with audio; `asr=None` records that there was none. Returns counts."
+    clips = load_clips(folder); heard = [c for c in clips if c.has_audio]; todo = [c for c in heard if all(s["by"] != by for s in c.transcript)]
+    said = dict(done=0, failed=0) if asr is None else _add_each(folder, todo, lambda c: [dict(s, id=c.id, by=by) for s in asr(c.uri)])
+    counts = dict(no_audio=len(clips)-len(heard), had=len(heard)-len(todo), no_asr=0 if asr else len(todo), transcribed=said["done"], failed=said["failed"])
+    counts = {k: v for k, v in counts.items() if v}
     with atomic_write(Path(folder)/"transcripts.json") as f: json.dump(dict(by=by, asr="missing" if asr is None else "present", **counts), f)
-    return dict(counts)
+    return counts
 
 # %% ../nbs/00_data.ipynb #e0930ba7
 def _tally(title, values, top=12) -> tuple:

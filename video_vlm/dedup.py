@@ -10,14 +10,13 @@ __all__ = ['MIRROR', 'FLIP', 'SPEEDS', 'SHORT', 'STILL', 'FAINT', 'PROMISING', '
            'cluster', 'same_text', 'signatures', 'lookup', 'dedup', 'load_clusters']
 
 # %% ../nbs/01_dedup.ipynb #85994778
-import json, os, threading
+import json, os, shutil
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
-from .data import MediaError, VideoVLMError, atomic_write, best_video, finish_stage, isolated, load_clips, media_errors, open_stage
+from .data import Journal, MediaError, VideoVLMError, atomic_write, best_video, finish_stage, isolated, load_clips, media_errors, open_stage, thread_map
 
 # %% ../nbs/01_dedup.ipynb #23406ce7
 @dataclass(frozen=True)
@@ -467,20 +466,20 @@ _OWNER = np.uint64(28)      # a word has 34 bits, a clip number 28: both fit int
 
 def _neighbours(keys, sizes, most):
     "Positions (i, j) of equal keys at most `most` apart, or 2 apart where more than 4 * `most` share the key; keys are sorted."
-    i, out = np.arange(len(keys)-1), [np.zeros((2, 0), np.int64)]
+    i = np.flatnonzero(keys[1:] == keys[:-1]); out = [np.zeros((2, 0), np.int64)]
     for d in range(1, most+1):
         if d == 3: i = i[sizes[i] <= 4*most]
-        i = i[i+d < len(keys)]; i = i[keys[i] == keys[i+d]]
+        if d > 1: i = i[i+d < len(keys)]; i = i[keys[i] == keys[i+d]]
         if not len(i): break
         out.append(np.stack([i, i+d]))
     return np.concatenate(out, 1)
 
-def _votes(packed, n, most):
-    "Codes lo*n+hi of clips that share words, with the weight of each word."
+def _votes(packed, most):
+    "Clips lo < hi that share a word, uint64 both, and the weight of that word."
     packed.sort(); keys, owner = packed >> _OWNER, packed & ((np.uint64(1) << _OWNER)-np.uint64(1))
     cuts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]]) if len(keys) else np.zeros(0, int); sizes = np.diff(np.r_[cuts, len(keys)])
     sizes = np.repeat(sizes, sizes); i, j = _neighbours(keys, sizes, most); i, j = (x[owner[i] != owner[j]] for x in (i, j))
-    return np.minimum(owner[i], owner[j])*np.uint64(n) + np.maximum(owner[i], owner[j]), (1/np.log2(1+sizes[i])).astype(np.float32)
+    return np.minimum(owner[i], owner[j]), np.maximum(owner[i], owner[j]), (1/np.log2(1+sizes[i])).astype(np.float32)
 
 def _sum_by(code, weight):
     order = np.argsort(code, kind="stable"); code, weight = code[order], weight[order]
@@ -490,12 +489,12 @@ def _sum_by(code, weight):
 
 def candidates(keys:np.ndarray, owner:np.ndarray, n:int, cfg:DedupConfig=DedupConfig()):
     "Pairs int64 [m,2] of clips (numbers below n) that share enough words, and votes [m]; `keys` and `owner` list words and clips, mirror words included."
-    return _elect([_sum_by(*_votes((keys << _OWNER) | owner.astype(np.uint64), n, cfg.bucket))], n, cfg)
+    lo, hi, w = _votes((keys << _OWNER) | owner.astype(np.uint64), cfg.bucket)
+    return _elect(*_sum_by(lo*np.uint64(n) + hi, w), n, cfg)
 
 # %% ../nbs/01_dedup.ipynb #fbd7de34
-def _elect(counted, n, cfg):
-    "Candidates from (code, votes) of several parts."
-    code, votes = counted[0] if len(counted) == 1 else _sum_by(*(np.concatenate(x) for x in zip(*counted)))
+def _elect(code, votes, n, cfg):
+    "Candidates among pairs of clips (code lo*n+hi) and their votes."
     code, votes = code[votes >= cfg.min_votes], votes[votes >= cfg.min_votes]
     pairs = np.stack([code // np.uint64(n), code % np.uint64(n)], 1).astype(np.int64)
     common = np.sqrt(1 + sum(np.bincount(pairs[:, k], votes, n) for k in (0, 1)))      # what is a little like everything is not much like anything
@@ -515,17 +514,34 @@ def _top(pairs, votes, k, rank_by=None):
     return pairs[keep], votes[keep]
 
 # %% ../nbs/01_dedup.ipynb #f97f2785
-def candidates_on_disk(chunks, n:int, folder, cfg:DedupConfig=DedupConfig(), parts:int=16):
-    "As `candidates`, for an iterable of (keys, owner) too large for memory; `folder` takes the words for the time being."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); files = [open(folder/f"words-{p:03d}", "wb") for p in range(parts)]
-    for keys, owner in chunks:
-        packed = (keys << _OWNER) | owner.astype(np.uint64); part = (_scramble(keys) % np.uint64(parts)).astype(np.uint8)
-        for p, f in enumerate(files): packed[part == p].tofile(f)
-    counted = []
+def _dealt(folder, name, parts, rows):
+    "Deal uint64 values into files: `rows` yields (values, part of each). Then yield the values of one file after the other, and remove it."
+    files = [open(folder/f"{name}-{p:04d}", "wb") for p in range(parts)]
+    for x, part in rows:
+        order = np.argsort(part, kind="stable"); x = x[order]; ends = np.cumsum(np.bincount(part, minlength=parts))
+        for f, a, b in zip(files, np.r_[0, ends], ends): x[a:b].tofile(f)
     for f in files:
-        f.close(); counted.append(_sum_by(*_votes(np.fromfile(f.name, np.uint64), n, cfg.bucket))); os.unlink(f.name)
-        code, votes = counted[-1]; counted[-1] = code[votes > .4], votes[votes > .4]     # one very common word is no evidence
-    return _elect(counted, n, cfg)
+        f.close(); yield np.fromfile(f.name, np.uint64); os.unlink(f.name)
+
+_WEIGHT = np.uint64(16)     # bits of a weight; above them the second clip, above that the last 16 bits of the first
+
+def _pack_votes(lo, hi, w):
+    return ((lo & np.uint64(0xffff)) << (_OWNER+_WEIGHT)) | (hi << _WEIGHT) | (w*65535).astype(np.uint64), (lo >> np.uint64(16)).astype(np.uint16)
+
+def _count_votes(packed, part, n, least):
+    "(code, votes) of the pairs in one file that have at least `least` votes."
+    packed.sort(); pair = packed >> _WEIGHT; cuts = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, int)
+    votes = np.add.reduceat(packed & np.uint64(0xffff), cuts)/65535 if len(cuts) else np.zeros(0); ok = votes >= least; pair = pair[cuts[ok]]
+    lo = (pair >> _OWNER) | np.uint64(part << 16)
+    return lo*np.uint64(n) + (pair & ((np.uint64(1) << _OWNER)-np.uint64(1))), votes[ok].astype(np.float32)
+
+def candidates_on_disk(chunks, n:int, folder, cfg:DedupConfig=DedupConfig(), parts:int=16):
+    "As `candidates`, for an iterable of (keys, owner) too large for memory; `folder` takes words and votes for the time being."
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    deal = lambda keys, owner: ((keys << _OWNER) | owner.astype(np.uint64), ((_scramble(keys) >> np.uint64(40)) % np.uint64(parts)).astype(np.uint16))
+    words = _dealt(folder, "words", parts, (deal(*c) for c in chunks))
+    votes = _dealt(folder, "votes", (n >> 16) + 1, (_pack_votes(*_votes(w, cfg.bucket)) for w in words))
+    return _elect(*(np.concatenate(x) for x in zip(*(_count_votes(v, p, n, cfg.min_votes-1e-3) for p, v in enumerate(votes)))), n, cfg)
 
 # %% ../nbs/01_dedup.ipynb #563ce440
 class _Union:
@@ -583,38 +599,55 @@ def _same_meaning(texts, embed, threshold, block=2048):
 # %% ../nbs/01_dedup.ipynb #ad50c3e5
 def _workers(cfg): return cfg.workers or os.cpu_count() or 1
 def _file(folder, id): return Path(folder)/"signatures"/id[:2]/f"{id}.npz"
+def _sign_one(clip, out, cfg) -> str:
+    "Write the signature of a clip; returns '' or the reason why there is none."
+    try: isolated(_signature_file, clip.uri, str(_file(out, clip.id)), cfg, timeout_s=cfg.timeout_s); return ""
+    except VideoVLMError as e: return e.code
+
 def _signature_file(uri, path, cfg): signature(uri, cfg).save(path)
 
 @lru_cache(256)
 def _load(path): return Signature.load(path)
 
-def signatures(clips, out, cfg:DedupConfig=DedupConfig()) -> dict:
-    "Write the signatures that are missing; returns {id: reason} of clips that have none."
+def signatures(clips, out, cfg:DedupConfig=DedupConfig(), engine=None) -> dict:
+    "Write the signatures that are missing; returns {id: reason} of clips that have none. `engine(fn, items)` as in `ingest`."
     from tqdm.auto import tqdm
-    todo, failed, lock = [c for c in clips if not _file(out, c.id).exists()], {}, threading.Lock()
+    todo, failed = [c for c in clips if not _file(out, c.id).exists()], {}
     with tqdm(total=len(clips), initial=len(clips)-len(todo), desc="signatures", unit="clip", disable=not cfg.progress) as bar:
-        def one(c):
-            try: isolated(_signature_file, c.uri, str(_file(out, c.id)), cfg, timeout_s=cfg.timeout_s)
-            except VideoVLMError as e: failed[c.id] = e.code
-            with lock: bar.update()
-        with ThreadPoolExecutor(_workers(cfg)) as ex: list(ex.map(one, todo))
+        for c, why in (engine or partial(thread_map, workers=cfg.workers))(partial(_sign_one, out=str(out), cfg=cfg), todo):
+            if why: failed[c.id] = why if isinstance(why, str) else "crashed"
+            bar.update()
     return failed
 
 # %% ../nbs/01_dedup.ipynb #a75ba703
+def _numbered(out): return sorted((Path(out)/"index").glob("[0-9]*"))
+def _segment(d): return np.load(d/"keys.npy", mmap_mode="r"), np.load(d/"owners.npy", mmap_mode="r"), json.loads((d/"ids.json").read_text())
+
 def _segments(out):
     "(keys, owners, ids) of the segments in a folder, oldest first."
-    for d in sorted((Path(out)/"index").glob("[0-9]*")):
-        yield np.load(d/"keys.npy", mmap_mode="r"), np.load(d/"owners.npy", mmap_mode="r"), json.loads((d/"ids.json").read_text())
+    return map(_segment, _numbered(out))
 
 def _write_segment(out, keys, owners, ids):
-    root = Path(out)/"index"; root.mkdir(parents=True, exist_ok=True)
-    tmp = root/f".{os.getpid()}.tmp"; tmp.mkdir(exist_ok=True); order = np.argsort(keys, kind="stable")
-    np.save(tmp/"keys.npy", keys[order]); np.save(tmp/"owners.npy", owners[order].astype(np.int32)); (tmp/"ids.json").write_text(json.dumps(ids))
-    os.replace(tmp, root/f"{len(list(root.glob('[0-9]*'))):05d}")
+    "Write a segment under a name that nobody looks at; `_publish` makes it part of the index."
+    root = Path(out)/"index"; root.mkdir(parents=True, exist_ok=True); order = np.argsort(keys, kind="stable")
+    tmp = root/f"new-{1+max((int(d.name[4:]) for d in root.glob('new-*')), default=-1):05d}"; tmp.mkdir()
+    np.save(tmp/"keys.npy", keys[order]); np.save(tmp/"owners.npy", owners[order].astype(np.int32)); (tmp/"ids.json").write_text(json.dumps(list(ids)))
+    return tmp
+
+def _publish(out, most=200_000):
+    "Give new segments their numbers; merge the last two while they are of one order of size and hold at most `most` clips."
+    number = lambda: Path(out)/"index"/f"{int(_numbered(out)[-1].name)+1 if _numbered(out) else 0:05d}"
+    for d in sorted((Path(out)/"index").glob("new-*")):
+        os.replace(d, number())
+        while len(last := _numbered(out)[-2:]) == 2:
+            (ka, oa, ia), (kb, ob, ib) = map(_segment, last)
+            if len(ib)*2 < len(ia) or len(ia)+len(ib) > most: break
+            os.replace(_write_segment(out, np.concatenate([ka, kb]), np.concatenate([oa, np.asarray(ob)+len(ia)]), ia+ib), number())
+            for old in last: shutil.rmtree(old)
 
 def lookup(keys, owner, segment, cfg:DedupConfig=DedupConfig()):
     "Pairs (new, old) and votes of words found in a segment."
-    old, owners, ids = segment
+    old, owners, ids = segment; order = np.argsort(keys); keys, owner = keys[order], owner[order]      # in order, neighbours in the file are read together
     lo = np.searchsorted(old, keys); size = np.searchsorted(old, keys, side="right")-lo; n = np.minimum(size, cfg.bucket)
     q = np.repeat(np.arange(len(keys)), n); pos = np.arange(len(q))-np.repeat(np.cumsum(n)-n, n) + lo[q]
     code, votes = _sum_by(owner[q].astype(np.uint64)*np.uint64(len(ids)) + np.asarray(owners[pos]).astype(np.uint64), (1/np.log2(2+size[q])).astype(np.float32))
@@ -631,13 +664,17 @@ def _words(ids, out, cfg):
             w = index_words(s, cfg, m); keys.append(w); owner.append(np.full(len(w), n)); flip.append(np.full(len(w), m))
     return np.concatenate(keys), np.concatenate(owner), np.concatenate(flip)
 
-def _find(out, ids, cfg):
-    "Candidate pairs (id, id) of new clips among themselves and with all older ones; adds a segment for them."
-    keys, owner, flip = _words(ids, out, cfg); pairs = []
-    if len(ids) > 1: pairs += [(ids[i], ids[j]) for i, j in candidates(keys, owner, len(ids), cfg)[0]]
-    for seg in _segments(out): pairs += [(ids[i], seg[2][j]) for i, j in lookup(keys, owner, seg, cfg)[0] if ids[i] != seg[2][j]]
-    if len(ids): _write_segment(out, keys[~flip], owner[~flip], list(ids))
-    return sorted({tuple(sorted(p)) for p in pairs})
+def _find(out, ids, cfg, block=20_000):
+    "Candidate pairs (id, id) of new clips among themselves and with all older ones, a block of clips in memory at a time; writes their segments."
+    for d in (Path(out)/"index").glob("new-*"): shutil.rmtree(d)
+    old, pairs = list(_segments(out)), set()
+    def blocks():
+        for a in range(0, len(ids), block):
+            some = ids[a:a+block]; keys, owner, flip = _words(some, out, cfg)
+            for seg in old: pairs.update(tuple(sorted((some[i], seg[2][j]))) for i, j in lookup(keys, owner, seg, cfg)[0] if some[i] != seg[2][j])
+            _write_segment(out, keys[~flip], owner[~flip], some); yield keys, owner+a
+    found = candidates_on_disk(blocks(), len(ids), Path(out)/"index"/"words", cfg, parts=max(1, len(ids)//40_000))[0]
+    return sorted(pairs | {tuple(sorted((ids[i], ids[j]))) for i, j in found})
 
 def _compare_files(a, b, cfg): return {"a": a.split("/")[-1][:-4], "b": b.split("/")[-1][:-4], **asdict(compare(_load(a), _load(b), cfg))}
 
@@ -646,16 +683,15 @@ def _compare_all(out, pairs, cfg):
     from tqdm.auto import tqdm
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    journal = Path(out)/"compared.jsonl"; rows = {}
-    if journal.exists(): rows = {(r["a"], r["b"]): r for r in map(json.loads, (l for l in journal.read_text().split("\n")[:-1]))}
-    todo = [(str(_file(out, a)), str(_file(out, b)), cfg) for a, b in pairs if (a, b) not in rows]
-    with open(journal, "a") as f, tqdm(total=len(pairs), initial=len(pairs)-len(todo), desc="compare", unit="pair", disable=not cfg.progress) as bar:
-        def take(r): rows[r["a"], r["b"]] = r; f.write(json.dumps(r) + "\n"); f.flush(); bar.update()
-        if len(todo) < 40 or _workers(cfg) == 1:
-            for t in todo: take(_compare_files(*t))
-        else:
-            with ProcessPoolExecutor(_workers(cfg), mp_context=get_context("forkserver")) as ex:
-                for r in ex.map(_compare_files, *zip(*todo), chunksize=8): take(r)
+    with Journal(Path(out)/"compared.jsonl") as journal:
+        rows = {(r["a"], r["b"]): r for r in journal.rows}; todo = [(str(_file(out, a)), str(_file(out, b)), cfg) for a, b in pairs if (a, b) not in rows]
+        with tqdm(total=len(pairs), initial=len(pairs)-len(todo), desc="compare", unit="pair", disable=not cfg.progress) as bar:
+            def take(r): rows[r["a"], r["b"]] = r; journal.add(r); bar.update()
+            if len(todo) < 40 or _workers(cfg) == 1:
+                for t in todo: take(_compare_files(*t))
+            else:
+                with ProcessPoolExecutor(_workers(cfg), mp_context=get_context("forkserver")) as ex:
+                    for r in ex.map(_compare_files, *zip(*todo), chunksize=8): take(r)
     return list(rows.values())
 
 # %% ../nbs/01_dedup.ipynb #67c208b3
@@ -679,17 +715,17 @@ def _finish(stage, out, clips, failed, rows, cfg):
     return finish_stage(out, inputs=dict(ingest=stage), counts=counts)
 
 # %% ../nbs/01_dedup.ipynb #07614eea
-def dedup(stage_folder, out, cfg:DedupConfig=DedupConfig()) -> Path:
+def dedup(stage_folder, out, cfg:DedupConfig=DedupConfig(), engine=None) -> Path:
     """Near-duplicate clusters of an ingest folder: `clusters.parquet` (id, cluster, keep, reason) and `pairs.parquet`; returns `out`.
 
-    Run it again after clips were added, and only they are looked at. Raises `VideoVLMError` if `out` was made with another config.
+    Run it again after clips were added, and only they are looked at. `engine` makes the signatures (see `ingest`). Raises `VideoVLMError` if `out` was made with another config.
     """
     out = Path(out); out.mkdir(parents=True, exist_ok=True); clips = load_clips(stage_folder)
     same = {k: v for k, v in asdict(cfg).items() if k not in ("workers", "progress", "timeout_s")}; f = out/"config.json"
     if f.exists() and json.loads(f.read_text()) != same: raise VideoVLMError(f"{out} was made with another DedupConfig: use another folder")
     with atomic_write(f) as h: json.dump(same, h, indent=1)
     (out/"manifest.json").unlink(missing_ok=True)
-    failed = signatures(clips, out, cfg)
+    failed = signatures(clips, out, cfg, engine)
     known = {i for *_, ids in _segments(out) for i in ids}; wanted = out/"candidates.jsonl"
     pairs = [tuple(json.loads(l)) for l in wanted.read_text().splitlines()] if wanted.exists() else []
     fresh = [c.id for c in clips if c.id not in failed and c.id not in known]
@@ -697,6 +733,7 @@ def dedup(stage_folder, out, cfg:DedupConfig=DedupConfig()) -> Path:
         found = _find(out, fresh, cfg)
         pairs = sorted(set(pairs) | set(found))
         with atomic_write(wanted) as h: h.writelines(json.dumps(p) + "\n" for p in pairs)
+        _publish(out)
     return _finish(stage_folder, out, clips, failed, _compare_all(out, pairs, cfg), cfg)
 
 def load_clusters(folder) -> dict:

@@ -9,10 +9,11 @@ __all__ = ['EvaluationError', 'EvaluationConfig', 'Prediction', 'normalise', 'ma
            'compare', 'Slice', 'slices', 'iou', 'grounding_metrics', 'ranks', 'retrieval_metrics', 'words', 'ngrams',
            'bleu', 'rouge_l', 'cider', 'caption_metrics', 'Item', 'choice_prompt', 'score_answer', 'Task',
            'task_from_samples', 'score_caption', 'caption_summary', 'caption_task', 'shuffle_options', 'position_bias',
-           'contamination', 'answer_key', 'batched', 'Run', 'run_task', 'load_run', 'prior_answer', 'openai_answer',
-           'checkpoint_fingerprint', 'model_answer']
+           'contamination', 'answer_key', 'batched', 'Run', 'environment', 'run_task', 'load_run', 'prior_answer',
+           'openai_answer', 'checkpoint_fingerprint', 'model_answer', 'likely', 'transformers_answer', 'is_ours',
+           'served_models', 'open_answer']
 
-# %% ../nbs/07_evaluation.ipynb #09952e3d
+# %% ../nbs/07_evaluation.ipynb #7718dfd3
 import hashlib, inspect, json, math, os, platform, re, sys, time, unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from .data import Sample, VideoVLMError, content_id
 
-# %% ../nbs/07_evaluation.ipynb #e1a33627
+# %% ../nbs/07_evaluation.ipynb #df67188a
 class EvaluationError(VideoVLMError):
     "An evaluation that cannot be trusted: no predictions, runs that do not match, a task without truth."
     code = "evaluation"
@@ -39,7 +40,7 @@ class EvaluationConfig:
     def __post_init__(self):
         if self.batch_size < 1 or self.workers < 1: raise EvaluationError(f"batch_size and workers must be at least 1, not {self.batch_size} and {self.workers}")
 
-# %% ../nbs/07_evaluation.ipynb #99e6447d
+# %% ../nbs/07_evaluation.ipynb #b70bccd8
 @dataclass(frozen=True)
 class Prediction:
     "One answered question. `score` is in 0..1; `correct` is its yes/no reading."
@@ -59,7 +60,7 @@ class Prediction:
     @property
     def correct(self): return self.score >= .5
 
-# %% ../nbs/07_evaluation.ipynb #809533db
+# %% ../nbs/07_evaluation.ipynb #1942528e
 _NUMBERS = {w: str(i) for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())} | {"none": "0", "once": "1", "twice": "2"}
 _FRAME = re.compile(r"^(?:(?:so|thus|therefore) )?(?:(?:final |correct |best )?answer(?: is)?|it is|its|it was|they are|there (?:is|are|was|were)|i (?:think|believe)(?: it is)?) ")
 
@@ -76,7 +77,7 @@ def _peel(text):
     while t != last: last, t = t, _FRAME.sub("", t)
     return t.strip()
 
-# %% ../nbs/07_evaluation.ipynb #d223c113
+# %% ../nbs/07_evaluation.ipynb #2bce3851
 def match_answer(pred, truth, options=()):
     "True when `pred` says `truth` and nothing else. `truth`: a str, or several accepted ones. With `options` the answer is read as a choice."
     truths = [truth] if isinstance(truth, (str, int, float)) else list(truth)
@@ -90,7 +91,7 @@ def match_answer(pred, truth, options=()):
             return not re.match(r"(yes|no) (and|or) (yes|no)\b", p)
     return False
 
-# %% ../nbs/07_evaluation.ipynb #3371e7a8
+# %% ../nbs/07_evaluation.ipynb #bfa1f7fc
 _EXPLICIT = r"(?:answer|option|choice)(?:\s+(?:is|would be|should be|must be|was))?\s*(?:option|choice)?\s*[:=]?\s*"
 _NOT = re.compile(r"(?:\bnot|n't|\bnever|\bneither|\bnor|\brather than|\binstead of|\bexcept|\brules? out|\bexclud\w+|\beliminat\w+)\s+(?:is\s+)?(?:the\s+|a\s+|an\s+)?(?:option\s+|choice\s+|answer\s+)?$", re.I)
 
@@ -108,7 +109,7 @@ def _only(found):
     s = set(found)
     return s.pop() if len(s) == 1 else None
 
-# %% ../nbs/07_evaluation.ipynb #9c8e498e
+# %% ../nbs/07_evaluation.ipynb #c0f41247
 def _stated(t, L):
     "Letters named by statements such as 'the answer is (B)', in order; a list such as 'A or B' names nothing."
     out = []
@@ -129,7 +130,7 @@ def _stated(t, L):
         if not re.search(r"(?:or|and|/|,|&)\s*(?:option\s+)?$", t[:m.start()]): out.append(m[1].upper())
     return out
 
-# %% ../nbs/07_evaluation.ipynb #5c99d342
+# %% ../nbs/07_evaluation.ipynb #bd109bcc
 def _mentions(t, options):
     "Indexes of the options whose text occurs in `t`, longest first so that 'red' inside 'dark red' is not counted; negated ones are masked."
     text, found = f" {normalise(t)} ", []
@@ -163,7 +164,7 @@ def extract_choice(text, options, letters="ABCDEFGHIJ"):
             and not (m[1] in "AI" and re.match(r"\s+[a-z0-9]", t[m.end():]) and not _LETTER_TAIL.match(t[m.end():]))]
     return at(_only(free))
 
-# %% ../nbs/07_evaluation.ipynb #aeed914b
+# %% ../nbs/07_evaluation.ipynb #71a4f502
 _TIME = r"((?:\d+:)?\d+:\d+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)\s*(?:s|sec|secs|seconds?)?\b"
 
 def _seconds(s):
@@ -174,7 +175,7 @@ def parse_spans(text):
     found = re.finditer(rf"{_TIME}\s*(?:to|until|till|and|through|-|–|—|,)\s*(?:at\s+)?{_TIME}", str(text), re.I)
     return [tuple(sorted((_seconds(m[1]), _seconds(m[2])))) for m in found]
 
-# %% ../nbs/07_evaluation.ipynb #d8a322be
+# %% ../nbs/07_evaluation.ipynb #a63a719f
 def cluster_sums(values, clusters):
     "Sums of `values` [n] and counts by cluster -> (s [G], n [G]) float64."
     v = np.asarray(values, np.float64)
@@ -201,7 +202,7 @@ def effective_df(s, n):
     with np.errstate(divide="ignore", invalid="ignore"): df = 2 * t**2 / (q - t**2 / G)
     return np.where(np.isfinite(df), np.clip(df, min(4, max(G - 1, 1)), max(G - 1, 1)), max(G - 1, 1))
 
-# %% ../nbs/07_evaluation.ipynb #ac404895
+# %% ../nbs/07_evaluation.ipynb #926920e4
 def clustered_interval(s, n, level=.95, unit=True, binary=True):
     "Analytic interval of sum(s)/sum(n), clusters on the last axis -> (low, high). `unit`: scores lie in 0..1 (Wilson), else Student's t."
     from scipy.stats import t as student
@@ -218,7 +219,7 @@ def clustered_interval(s, n, level=.95, unit=True, binary=True):
     mid, half = (p + z * z / (2 * m)) / (1 + z * z / m), z / (1 + z * z / m) * np.sqrt(p * (1 - p) / m + z * z / (4 * m * m))
     return np.clip(mid - half, 0, 1), np.clip(mid + half, 0, 1)
 
-# %% ../nbs/07_evaluation.ipynb #2b8097f0
+# %% ../nbs/07_evaluation.ipynb #bb80ca81
 def bootstrap_interval(s, n, level=.95, n_boot=2000, seed=0):
     "Cluster bootstrap of sum(s)/sum(n), s and n [G] -> (low, high); expanded percentiles. One cluster has no spread: infinite."
     from scipy.stats import norm, t as student
@@ -232,7 +233,7 @@ def bootstrap_interval(s, n, level=.95, n_boot=2000, seed=0):
     lo, hi = np.quantile(np.concatenate(out), [tail, 1 - tail])
     return float(lo), float(hi)
 
-# %% ../nbs/07_evaluation.ipynb #abe0cd45
+# %% ../nbs/07_evaluation.ipynb #be952128
 @dataclass(frozen=True)
 class Score:
     "A mean with its 95% interval, clustered by clip."
@@ -255,7 +256,7 @@ def mean_score(values, clusters, n_boot=2000, seed=0):
     boot = bootstrap_interval(s, n, n_boot=n_boot, seed=seed) if n_boot else ()
     return Score(float(s.sum() / n.sum()), (float(lo), float(hi)), len(v), len(s), boot, float(clustered_se(s, n)))
 
-# %% ../nbs/07_evaluation.ipynb #06183f92
+# %% ../nbs/07_evaluation.ipynb #8e41f053
 def simulate_coverage(clips=100, per_clip=(1, 9), p=.7, icc=.3, reps=4000, level=.95, seed=0):
     "Share of `reps` simulated test sets whose interval holds the true `p`. Clip difficulty is Beta with intra-clip correlation `icc`."
     rng = np.random.default_rng(seed)
@@ -265,7 +266,7 @@ def simulate_coverage(clips=100, per_clip=(1, 9), p=.7, icc=.3, reps=4000, level
     lo, hi = clustered_interval(s, n, level)
     return float(((lo <= p) & (p <= hi)).mean())
 
-# %% ../nbs/07_evaluation.ipynb #8733f9e4
+# %% ../nbs/07_evaluation.ipynb #01515c2b
 def accuracy(preds, n_boot=2000, seed=0):
     "Mean score of `preds` with a 95% interval clustered by clip -> Score. Raises EvaluationError when there are none."
     preds = list(preds)
@@ -283,7 +284,7 @@ def summary(preds, **kw):
     skills = {str(k): s.to_dict("accuracy") for k, s in by_skill(preds, **kw).items()}
     return accuracy(preds, **kw).to_dict("accuracy") | {"by_skill": skills, "errors": sum(bool(p.error) for p in preds)}
 
-# %% ../nbs/07_evaluation.ipynb #7488e556
+# %% ../nbs/07_evaluation.ipynb #77caddd3
 @dataclass(frozen=True)
 class Comparison:
     "b minus a on the same questions."
@@ -308,7 +309,7 @@ def _flip_p(d):
     for x in d: sums = np.concatenate([sums + x, sums - x])
     return float((np.abs(sums) >= abs(d.sum()) - 1e-12).mean())
 
-# %% ../nbs/07_evaluation.ipynb #c2b42c3f
+# %% ../nbs/07_evaluation.ipynb #135d13ec
 def paired_difference(a, b, clusters, exact_below=17):
     "Paired comparison of scores `a` and `b` [n] of the same questions, clustered -> Comparison."
     from scipy.stats import t as student
@@ -335,7 +336,7 @@ def compare(preds_a, preds_b):
     ids = sorted(A)
     return paired_difference([A[i].score for i in ids], [B[i].score for i in ids], [A[i].clip for i in ids])
 
-# %% ../nbs/07_evaluation.ipynb #f75eb92a
+# %% ../nbs/07_evaluation.ipynb #e40f5211
 @dataclass(frozen=True)
 class Slice:
     "One cut of a run beside the rest of it."
@@ -355,7 +356,7 @@ def _cut(values, bins=3):
     name = lambda v: f"{edges[k := min(max(np.searchsorted(edges, v, 'right') - 1, 0), len(edges) - 2)]:.4g} to {edges[k + 1]:.4g}"
     return ["None" if v is None else name(v) for v in values]
 
-# %% ../nbs/07_evaluation.ipynb #17286dba
+# %% ../nbs/07_evaluation.ipynb #3580ecc1
 def slices(preds, by=None, min_n=20, bins=3):
     "Every slice of at least `min_n` questions, worst first -> list[Slice]. `by`: fact names (all of them when None); 'skill' and 'task' are facts too."
     preds = list(preds)
@@ -383,7 +384,7 @@ def _slice_p(score, clip, inside):
     gap = score[inside].mean() - score[~inside].mean()
     return float(2 * student.sf(abs(gap) / se, max(G - 1, 1))) if se > 0 else 1. if gap == 0 else min(1., 2. ** (2 - G))
 
-# %% ../nbs/07_evaluation.ipynb #9f427b09
+# %% ../nbs/07_evaluation.ipynb #15c86d42
 def iou(a, b):
     "Intersection over union of spans in seconds: [..., 2] x [..., 2] -> [...], broadcasting. An empty union gives 0."
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -400,7 +401,7 @@ def grounding_metrics(preds, truths, clips=None, thresholds=(.3, .5, .7), strict
     hit = np.greater if strict else np.greater_equal
     return {"miou": mean_score(best, clips)} | {f"r1@{t:g}": mean_score(hit(best, t).astype(float), clips) for t in thresholds}
 
-# %% ../nbs/07_evaluation.ipynb #8599cdc2
+# %% ../nbs/07_evaluation.ipynb #18c85ccf
 def ranks(sim, truth=None, ties="pessimistic"):
     "Rank (1 = best) of the right column of every row of `sim` [Q, V] -> float [Q]. truth: column per row (diagonal when None). NaN ranks last."
     sim = np.asarray(sim, np.float64)
@@ -420,7 +421,7 @@ def retrieval_metrics(sim, truth=None, ks=(1, 5, 10), ties="pessimistic", clips=
     scores = {f"r@{k}": mean_score((r <= k).astype(float), clips, n_boot=500) for k in ks}
     return {k: s.value for k, s in scores.items()} | {"mdr": float(np.median(r)), "mnr": float(r.mean()), "n": len(r), "scores": scores}
 
-# %% ../nbs/07_evaluation.ipynb #6ea27534
+# %% ../nbs/07_evaluation.ipynb #7002a56f
 def words(text):
     "Caption -> lower-case words without punctuation; contractions split as in the Penn treebank (it 's, is n't)."
     t = unicodedata.normalize("NFC", str(text)).lower().replace("’", "'")
@@ -432,7 +433,7 @@ def ngrams(tokens, n=4):
     "Counts of all 1..n-grams of a list of words -> Counter of tuples."
     return Counter(tuple(tokens[i:i + k]) for k in range(1, n + 1) for i in range(len(tokens) - k + 1))
 
-# %% ../nbs/07_evaluation.ipynb #0a70b6dc
+# %% ../nbs/07_evaluation.ipynb #4a843bbc
 def bleu(preds, refs, n=4):
     "Corpus BLEU-1..n: preds list of token lists, refs list of lists of token lists -> list of n floats. Papineni et al. 2002, closest reference length."
     hit, total, P, R = np.zeros(n), np.zeros(n), 0, 0
@@ -458,7 +459,7 @@ def rouge_l(pred, refs, beta=1.2):
     p, r = max(prec), max(rec)
     return 0. if p == 0 or r == 0 else (1 + beta**2) * p * r / (r + beta**2 * p)
 
-# %% ../nbs/07_evaluation.ipynb #041dd31c
+# %% ../nbs/07_evaluation.ipynb #3b0a6779
 def cider(preds, refs, n=4, sigma=6.):
     "CIDEr-D of every caption (0..10, the mean is the score): tf-idf n-gram cosines with clipped counts and a Gaussian length penalty. Vedantam et al. 2015. -> [items]"
     df, N = Counter(), len(refs)
@@ -480,7 +481,7 @@ def cider(preds, refs, n=4, sigma=6.):
         out.append(10 * float(np.mean([similar(v, vector(r)) for r in rs], axis=0).mean()))
     return np.array(out)
 
-# %% ../nbs/07_evaluation.ipynb #72734edb
+# %% ../nbs/07_evaluation.ipynb #62859bdd
 def caption_metrics(preds, refs, tokenize=words, clips=None):
     "{'BLEU-1..4','ROUGE-L','CIDEr','scores'}: preds list of str, refs list of lists of str (several wordings each)."
     if len(preds) != len(refs) or not preds: raise EvaluationError(f"{len(preds)} captions for {len(refs)} clips with references")
@@ -491,7 +492,7 @@ def caption_metrics(preds, refs, tokenize=words, clips=None):
     return {f"BLEU-{i + 1}": float(b) for i, b in enumerate(bleu(P, R))} | {"ROUGE-L": float(rl.mean()), "CIDEr": float(c.mean()),
             "scores": {"ROUGE-L": mean_score(rl, clips, n_boot=500), "CIDEr": mean_score(c, clips, n_boot=500)}}
 
-# %% ../nbs/07_evaluation.ipynb #1c1a1a5e
+# %% ../nbs/07_evaluation.ipynb #3bf9c40d
 @dataclass(frozen=True)
 class Item:
     "One question about one clip."
@@ -521,7 +522,7 @@ def score_answer(text, item):
         return (float(iou(found[0], item.span)) if found else 0.), -1
     return float(match_answer(text, item.truth)), -1
 
-# %% ../nbs/07_evaluation.ipynb #5339cd64
+# %% ../nbs/07_evaluation.ipynb #2725ca60
 @dataclass(frozen=True)
 class Task:
     "Items plus four functions. Defaults suit question answering and grounding."
@@ -546,7 +547,7 @@ def task_from_samples(samples, name="qa", tasks=("qa",), media=None):
     if not items: raise EvaluationError(f"no samples of task {' or '.join(tasks)} among {len(list(samples))}")
     return Task(name, tuple(items))
 
-# %% ../nbs/07_evaluation.ipynb #f8fe334a
+# %% ../nbs/07_evaluation.ipynb #1d014a49
 def score_caption(text, item):
     "ROUGE-L of a caption against the accepted ones: a score for one clip; sets are judged by `caption_summary`."
     refs = [item.truth] if isinstance(item.truth, str) else list(item.truth)
@@ -560,7 +561,7 @@ def caption_summary(preds, **kw):
 
 def caption_task(task): return replace(task, score=score_caption, aggregate=caption_summary)
 
-# %% ../nbs/07_evaluation.ipynb #631733e3
+# %% ../nbs/07_evaluation.ipynb #ff805606
 def shuffle_options(item, seed=0):
     "The item with its options in an order that depends on (seed, item id) only."
     if len(item.options) < 2: return item
@@ -581,7 +582,7 @@ def position_bias(preds):
     return {"n": len(rows), "chosen": (chosen / max(chosen.sum(), 1)).tolist(), "right": (right / right.sum()).tolist(), "recall": recall,
             "spread": float(np.std([r for r in recall if r is not None])), "unreadable": float((rows[:, 0] < 0).mean()), "p": float(chi2.sf(stat, max((want > 0).sum() - 1, 1)))}
 
-# %% ../nbs/07_evaluation.ipynb #4880965c
+# %% ../nbs/07_evaluation.ipynb #7edb900b
 def contamination(items, train_clips=(), clusters=None, train_texts=()):
     "Which items overlap training -> {'n','clips','clusters','texts','ids'}. clusters: clip -> cluster of `dedup`; train_texts: (question, answer) pairs or strings."
     train_clips, clusters = set(train_clips), clusters or {}
@@ -595,7 +596,7 @@ def contamination(items, train_clips=(), clusters=None, train_texts=()):
     ids = hits["clips"] | hits["clusters"] | hits["texts"]
     return {"checked": bool(train_clips or seen), "n": len(ids)} | {k: len(v) for k, v in hits.items()} | {"ids": sorted(ids)}
 
-# %% ../nbs/07_evaluation.ipynb #1be56941
+# %% ../nbs/07_evaluation.ipynb #88c7ced0
 def answer_key(media, prompt, plan="", model="", span=()):
     "sha256 over (media hash, plan, prompt, model fingerprint, span): the address of an answer."
     parts = [str(media), plan if isinstance(plan, str) else json.dumps(plan, sort_keys=True, default=str), prompt, str(model), [float(x) for x in span]]
@@ -618,7 +619,7 @@ def _write_json(path, obj):
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str), "utf8"); os.replace(tmp, path)
 
-# %% ../nbs/07_evaluation.ipynb #496a63c5
+# %% ../nbs/07_evaluation.ipynb #2ead5206
 def batched(fn):
     "Mark `fn(clips, prompts) -> list[str]` as a batched answer function."
     fn.batched = True
@@ -637,7 +638,7 @@ def _ask(answer, items, prompts, workers=1):
     if workers == 1: return [one(i, p) for i, p in zip(items, prompts)]
     with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, items, prompts))
 
-# %% ../nbs/07_evaluation.ipynb #32e45481
+# %% ../nbs/07_evaluation.ipynb #eff76a80
 @dataclass
 class Run:
     "A finished run."
@@ -647,7 +648,8 @@ class Run:
     asked:int=0 # Questions that went to the model; the rest came from the cache
     def __repr__(self): return f"Run({len(self.predictions)} predictions, {self.asked} asked, {self.summary.get('accuracy', float('nan')):.3f})"
 
-def _environment():
+def environment():
+    "Versions and machine that a figure depends on -> dict"
     out = {"python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count()}
     for name in ("video_vlm", "numpy", "scipy", "torch", "transformers", "decord", "av", "evaluate", "pycocoevalcap"):
         try: out[name] = version(name)
@@ -661,7 +663,7 @@ def _media_ids(items):
     seen = {m: content_id(m) for m in sorted({i.media for i in items if i.media}) if Path(m).is_file()}
     return [seen.get(i.media, i.clip) for i in items]
 
-# %% ../nbs/07_evaluation.ipynb #0b4ce050
+# %% ../nbs/07_evaluation.ipynb #b8586924
 def run_task(task, answer, out=None, cfg=EvaluationConfig(), plan="", model="", train=None, meta=None):
     "Ask every item of `task` and score -> Run. `answer(item, prompt)` gets the Item (`.clip`, `.media`, `.span`); `model`: fingerprint; `train`: keywords of `contamination`."
     from tqdm import tqdm
@@ -687,7 +689,7 @@ def run_task(task, answer, out=None, cfg=EvaluationConfig(), plan="", model="", 
     preds = [_predict(task, i, k, have[k]) for i, k in zip(items, keys)]
     return _finish(task, preds, items, prompts, folder, cfg, plan, model, train, meta, len(todo), started)
 
-# %% ../nbs/07_evaluation.ipynb #e4e71b36
+# %% ../nbs/07_evaluation.ipynb #63a09f3b
 def _predict(task, item, key, row):
     "Score one cached answer. The truth and the rule are applied fresh each time: only the model's words are cached."
     score, chosen = (0., -1) if row.get("error") else task.score(row["answer"], item)
@@ -707,7 +709,7 @@ def _finish(task, preds, items, prompts, folder, cfg, plan, model, train, meta, 
         files = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("predictions.jsonl", "summary.json", "config.json")}
         _write_json(folder / "manifest.json", {"stage": "evaluation", "task": task.name, "source": task.source, "items": _hash([asdict(i) for i in items]), "prompts": _hash(prompts),
             "model": str(model), "plan": plan, "config": asdict(cfg), "counts": {"items": len(items), "asked": asked, "errors": sum(bool(p.error) for p in preds)}, "files": files,
-            "contaminated_ids": found["ids"], "environment": _environment(), "argv": sys.argv, "started": started, "seconds": time.time() - started, **(meta or {})})
+            "contaminated_ids": found["ids"], "environment": environment(), "argv": sys.argv, "started": started, "seconds": time.time() - started, **(meta or {})})
     return Run(preds, summ, folder, asked)
 
 def load_run(folder):
@@ -717,7 +719,7 @@ def load_run(folder):
     rows = [json.loads(l) for l in (folder / "predictions.jsonl").read_text("utf8").splitlines()]
     return Run([Prediction(**r | {"options": tuple(r["options"])}) for r in rows], json.loads((folder / "summary.json").read_text("utf8")), folder)
 
-# %% ../nbs/07_evaluation.ipynb #f07fe956
+# %% ../nbs/07_evaluation.ipynb #683456ae
 def prior_answer(samples):
     "An answer function that knows no video: the commonest training answer of the skill, or the commonest option position text."
     counts = defaultdict(Counter)
@@ -729,7 +731,7 @@ def prior_answer(samples):
         return c.most_common(1)[0][0] if c else ""
     return answer
 
-# %% ../nbs/07_evaluation.ipynb #dc15e29e
+# %% ../nbs/07_evaluation.ipynb #9806ba1d
 def openai_answer(base_url, model, api_key="none", max_tokens=64, timeout=120., **extra):
     "answer(item, prompt) over an OpenAI-compatible endpoint; temperature 0. Needs the `openai` package. Failures become EvaluationError (counted, not fatal)."
     import base64, mimetypes
@@ -745,7 +747,7 @@ def openai_answer(base_url, model, api_key="none", max_tokens=64, timeout=120., 
         return r.choices[0].message.content or ""
     return answer
 
-# %% ../nbs/07_evaluation.ipynb #6ae94b03
+# %% ../nbs/07_evaluation.ipynb #3937c0ea
 def checkpoint_fingerprint(folder):
     "sha256 over names and bytes of a checkpoint's files; other strings (hub ids) stand for themselves."
     folder, h = Path(folder), hashlib.sha256()
@@ -758,7 +760,7 @@ def model_answer(model, processor, store=None, blind=False, max_new_tokens=32):
     "A batched answer function of our model: plan, tokens (through `store`), answers. Items without media are asked without video; `blind` asks all of them so."
     from video_vlm.data import probe
     from video_vlm.frames import plan_frames, read_frames_safely
-    from video_vlm.model import answer_batch
+    from video_vlm.model import answer_batch, choose_batch
     from video_vlm.store import visual_tokens
     enc, how = model.encoder, processor.sampling or {"fps": 4., "max_frames": 24}
     def look(item):
@@ -770,5 +772,77 @@ def model_answer(model, processor, store=None, blind=False, max_new_tokens=32):
     def answer(items, prompts):
         seen = {k: look(i) for k, i in {(i.media, i.span): i for i in items}.items()}
         return answer_batch(model, processor, [(seen[i.media, i.span], p) for i, p in zip(items, prompts)], max_new_tokens=max_new_tokens)
+    def choose(items):
+        seen = {k: look(i) for k, i in {(i.media, i.span): i for i in items}.items()}
+        return [p for _, p in choose_batch(model, processor, [(seen[i.media, i.span], i.question, [str(o) for o in i.options]) for i in items])]
+    answer.choose, answer.kind = choose, "checkpoint"
     answer.plan = {"fps": how["fps"], "max_frames": how["max_frames"], "size": enc.size, "blind": blind, "encoder": enc.fingerprint}
     return answer
+
+def likely(answer):
+    "`answer` for questions with options by likelihood instead of written letters; `answer` must have `.choose`. Others are answered in text."
+    if not hasattr(answer, "choose"): raise EvaluationError("this model gives no likelihoods: ask it for text")
+    @batched
+    def by_likelihood(items, prompts):
+        rows = [i for i, item in enumerate(items) if item.options]
+        out = dict(zip(rows, (items[i].options[int(np.argmax(p))] for i, p in zip(rows, answer.choose([items[i] for i in rows])))) if rows else ())
+        rest = [i for i in range(len(items)) if i not in out]
+        return [str(t) for _, t in sorted({**out, **dict(zip(rest, answer([items[i] for i in rest], [prompts[i] for i in rest]) if rest else ()))}.items())]
+    by_likelihood.choose, by_likelihood.kind, by_likelihood.plan = answer.choose, answer.kind, {**answer.plan, "likelihood": True}
+    return by_likelihood
+
+# %% ../nbs/07_evaluation.ipynb #7c9276ef
+def transformers_answer(source, frames=16, fps=4., size=None, max_new_tokens=48, device=None):
+    "answer(item, prompt) of any image- or video-text-to-text checkpoint (folder or hub id). `size`: side of the frames handed over; default as displayed, at most 448 pixels high."
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from video_vlm.data import probe
+    from video_vlm.frames import plan_frames, read_frames_safely
+    try: processor, model = AutoProcessor.from_pretrained(source), AutoModelForImageTextToText.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as e: raise EvaluationError(f"{source} is not a vision-language checkpoint that transformers can load: {str(e).splitlines()[0][:200]}") from e
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    video = getattr(processor, "video_processor", None) is not None
+    def look(item):
+        p = probe(item.media)
+        a, b = item.span if item.span and item.truth != "" else (None, None)
+        h = min(p.height, 448)
+        return read_frames_safely(item.media, plan_frames(p, fps=fps, max_frames=frames, start=a, end=b).times, size or (max(1, round(p.width * h / p.height)), h)).data
+    @torch.no_grad()
+    def answer(item, prompt):
+        x = look(item) if item.media else None
+        parts = [] if x is None else [{"type": "video"}] if video else [{"type": "image"}] * len(x)
+        text = processor.apply_chat_template([{"role": "user", "content": parts + [{"type": "text", "text": prompt}]}], add_generation_prompt=True, tokenize=False)
+        media = {} if x is None else {"videos": [list(x)], "do_sample_frames": False} if video else {"images": [list(x)]}
+        inputs = processor(text=[text], return_tensors="pt", **media).to(model.device)
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return processor.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0].strip()
+    answer.plan, answer.kind = {"frames": frames, "fps": fps, "size": size, "max_new_tokens": max_new_tokens}, "transformers"
+    return answer
+
+# %% ../nbs/07_evaluation.ipynb #3f245fa5
+def is_ours(source):
+    "A checkpoint of this package? (by the `model_type` in its config.json, or an adapter beside a recipe)"
+    f = Path(source) / "config.json"
+    try: kind = json.loads(f.read_text("utf8")).get("model_type", "") if f.is_file() else ""
+    except ValueError: raise EvaluationError(f"{f} is not JSON: is {source} a checkpoint folder?") from None
+    return kind.startswith("video_vlm") or (Path(source).is_dir() and not f.is_file())
+
+def served_models(base_url, api_key="none"):
+    "Model names of an OpenAI-compatible server; EvaluationError when nobody is there."
+    from openai import APIConnectionError, OpenAI, OpenAIError
+    try: return [m.id for m in OpenAI(base_url=base_url, api_key=api_key, timeout=20., max_retries=0).models.list()]
+    except APIConnectionError: raise EvaluationError(f"nobody answers at {base_url}; start a server (video-vlm serve) or check the address, which usually ends in /v1") from None
+    except OpenAIError: return []                                        # a server without /models: the chat will tell
+
+def open_answer(model="", endpoint="", store=None, blind=False, workers=4, api_key=""):
+    "(answer, fingerprint) of a checkpoint folder, a hub id, or an OpenAI-compatible `endpoint` (with `model` as its name there). `store`: folder of visual tokens."
+    if endpoint:
+        name = model or next(iter(served_models(endpoint, api_key or "none")), "default")
+        answer = openai_answer(endpoint, name, api_key or "none")
+        answer.plan, answer.kind, answer.workers = "server", "endpoint", workers
+        return answer, f"{endpoint} {name}"
+    if not model: raise EvaluationError("say which model answers: a checkpoint folder or hub id, or the URL of a server")
+    if not is_ours(model): return transformers_answer(model), checkpoint_fingerprint(model)
+    from video_vlm.model import load_model
+    from video_vlm.store import TokenStore
+    return model_answer(*load_model(model), TokenStore(store) if store else None, blind), checkpoint_fingerprint(model)

@@ -6,8 +6,9 @@
 __all__ = ['SLOTS', 'ExperimentError', 'Experiment', 'Assignment', 'Experiments', 'explore', 'ExposureLog', 'read_lines',
            'first_exposures', 'units', 'srm', 'linearise', 'cuped', 'welch', 'clustered', 'simulate_coverage',
            'always_valid', 'simulate_looks', 'Metric', 'AnalysisConfig', 'Effect', 'Analysis', 'analyse',
-           'plot_effects', 'report_html', 'OffPolicy', 'policy_weights', 'ips', 'snips', 'doubly_robust', 'fit_rewards',
-           'ece', 'ece_floor', 'Calibrator', 'fit_calibrator', 'calibration_drift']
+           'parse_metric', 'analyse_files', 'plot_effects', 'report_html', 'OffPolicy', 'policy_weights',
+           'skewed_interval', 'ips', 'snips', 'doubly_robust', 'fit_rewards', 'ece', 'ece_floor', 'Calibrator',
+           'fit_calibrator', 'calibration_drift']
 
 # %% ../nbs/08a_experiments.ipynb #da50a11a
 import html, json, os, time
@@ -145,6 +146,7 @@ def cuped(y, x, arm):
 def welch(y, arm):
     "`(diff, se, df, p)` of arm 1 minus arm 0 with unequal variances; statsmodels."
     from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+    if y[arm == 1].std() == y[arm == 0].std() == 0: d = float(y[arm == 1].mean()-y[arm == 0].mean()); return d, 0., len(y)-2., float(d == 0)   # nobody had an error
     cm = CompareMeans(DescrStatsW(y[arm == 1]), DescrStatsW(y[arm == 0]))
     return float(y[arm == 1].mean()-y[arm == 0].mean()), float(cm.std_meandiff_separatevar), float(cm.dof_satt()), float(cm.ttest_ind(usevar="unequal")[1])
 
@@ -236,7 +238,8 @@ def _effect(data, arm, metric, variant, cfg):
     means = y[arm == 0].mean(), y[arm == 1].mean()
     if metric.covariate: y, ratio = cuped(y, data[metric.covariate], arm)
     d, se, df, p = clustered(y, arm, data[cfg.cluster]) if cfg.cluster else welch(y, arm)
-    if cfg.planned: lo, hi, _ = always_valid(d, se, len(y), cfg.planned, cfg.alpha)
+    if se == 0: lo = hi = d
+    elif cfg.planned: lo, hi, _ = always_valid(d, se, len(y), cfg.planned, cfg.alpha)
     else: r = student.ppf(1-cfg.alpha/2, df)*se; lo, hi = d-r, d+r
     return Effect(metric.name, variant, int((arm == 0).sum()), int((arm == 1).sum()), *map(float, means), d, float(lo), float(hi), p, p, ratio, metric.guardrail, "unclear")
 
@@ -282,6 +285,30 @@ def analyse(exp, data, metrics, cfg=AnalysisConfig())->Analysis:
     for k, q in zip(goals, multipletests([out[k][0].p for k in goals], method="holm")[1] if goals else []): out[k] = (replace(out[k][0], p_adjusted=float(q)), out[k][1])
     return Analysis(exp.name, counts, p, "", tuple(_judge(e, m, cfg) for e, m in out), cfg)
 
+# %% ../nbs/08a_experiments.ipynb #aeb55932
+def parse_metric(text)->Metric:
+    "`name[/denominator][:lower][:guard=MARGIN][:before=FIELD]` as a `Metric`."
+    (name, _, den), opts = text.split(":")[0].partition("/"), text.split(":")[1:]
+    kw = {}
+    for o in opts:
+        k, _, v = o.partition("=")
+        if k == "lower": kw["higher_is_better"] = False
+        elif k == "before" and v: kw["covariate"] = v
+        elif k == "guard":
+            try: kw.update(guardrail=True, margin=float(v or 0))
+            except ValueError: raise ExperimentError(f"the margin of {name} is no number: {v!r}") from None
+        else: raise ExperimentError(f"unknown option {o!r} of metric {name}: use lower, guard=MARGIN or before=FIELD")
+    if not name: raise ExperimentError(f"a metric needs a name: {text!r}")
+    return Metric(name, den or None, **kw)
+
+def analyse_files(exposures, outcomes, exp, metrics, cfg=AnalysisConfig(), window_s=14*86400.)->Analysis:
+    "`analyse` an `Experiment` from JSON-lines files of exposures and outcomes."
+    rows, out = read_lines(exposures), read_lines(outcomes)
+    if not any(r.get("experiment") == exp.name for r in rows): raise ExperimentError(f"{exposures} holds no exposure to {exp.name!r}; it has {sorted({r.get('experiment') for r in rows})}")
+    fields = {f for m in metrics for f in (m.name, m.denominator, m.covariate) if f}
+    if missing := sorted(f for f in fields if not any(f in o for o in out)): raise ExperimentError(f"{outcomes} has no field {missing[0]!r}")
+    return analyse(exp, units(rows, out, exp.name, sorted(fields), window_s), metrics, cfg)
+
 # %% ../nbs/08a_experiments.ipynb #edafda10
 def plot_effects(analysis, ax=None):
     "Effects with their intervals, as a share of the control mean. Returns the axes."
@@ -323,14 +350,20 @@ def policy_weights(target, logged, clip=20., min_ess=100, min_share=0.01, min_ma
     if (p <= 0).any() or (p > 1).any(): raise ExperimentError("logged propensities must lie in (0, 1]; a choice that was never random cannot be learnt from")
     raw = t/p; w = np.minimum(raw, clip); ess = w.sum()**2/max((w**2).sum(), 1e-300)
     if ess < max(min_ess, min_share*len(w)): raise ExperimentError(f"effective sample size {ess:.0f} of {len(w)}: the logged policy hardly ever chose what the new one would; explore more or run an A/B test")
-    if w.mean() < min_mass: raise ExperimentError(f"weights average {w.mean():.2f}, not 1: the log holds only that share of what the new policy does; run an A/B test")
+    if w.mean() < min_mass and w.mean()+5*w.std()/np.sqrt(len(w)) < 1: raise ExperimentError(f"weights average {w.mean():.2f}, not 1: the log holds only that share of what the new policy does; run an A/B test")
     return w, float(ess), float((raw > clip).mean())
 
 # %% ../nbs/08a_experiments.ipynb #b6b61749
+def skewed_interval(v, z=1.96)->tuple:
+    "`(lo, hi)` around the mean of `v`, studentised and corrected for skewness by Hall's (1992) monotone transformation."
+    n, s = len(v), v.std(ddof=1); root = np.sqrt(n); g = ((v-v.mean())**3).mean()/max(s, 1e-300)**3
+    back = lambda q: 3*root/g*(np.cbrt(1+g*(q/root-g/(6*n)))-1) if abs(g) > 1e-9 else q
+    return float(v.mean()-back(z)*s/root), float(v.mean()-back(-z)*s/root)
+
 def _interval(v, method, ess, clipped, value=None):
-    "Mean of `v` with its normal 95% interval."
-    m, se = v.mean(), v.std(ddof=1)/np.sqrt(len(v)); m = m if value is None else value
-    return OffPolicy(method, float(m), float(m-1.96*se), float(m+1.96*se), len(v), ess, clipped)
+    "Mean of `v` (or `value`, of which `v` are the influences) with its 95% interval."
+    lo, hi = skewed_interval(v); m = v.mean() if value is None else value
+    return OffPolicy(method, float(m), lo+float(m-v.mean()), hi+float(m-v.mean()), len(v), ess, clipped)
 
 def ips(reward, target, logged, clip=20., **kw)->OffPolicy:
     "Inverse propensity score with clipped weights. Horvitz and Thompson (1952), Ionides (2008)."

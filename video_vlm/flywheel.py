@@ -9,10 +9,9 @@ __all__ = ['PII', 'LABEL_CONFIG', 'CONTENT', 'OWN', 'PERSON', 'DROP', 'ROWS', 'D
            'with_gold', 'same_text', 'annotator_quality', 'agreement', 'settle', 'to_samples', 'next_dataset',
            'load_annotations', 'token_hash', 'in_parity_sample', 'check_parity', 'RequestLog', 'Seen', 'see',
            'Neighbours', 'demo_traffic', 'demo_predictions', 'demo_people', 'demo_canary', 'demo_release',
-           'flywheel_demo', 'label', 'ErasureError', 'Subject', 'Tombstones', 'mentions', 'pseudonym', 'prune',
-           'Eraser', 'prune_rows', 'prune_doc', 'bytes_mention', 'folder_eraser', 'tokens_eraser', 'sources_eraser',
-           'registry_eraser', 'book_eraser', 'lance_eraser', 'Lineage', 'stage_links', 'learnt_from', 'Erasure',
-           'house_stores', 'erase']
+           'flywheel_demo', 'mentions', 'pseudonym', 'prune', 'Eraser', 'prune_rows', 'prune_doc', 'bytes_mention',
+           'folder_eraser', 'tokens_eraser', 'sources_eraser', 'registry_eraser', 'book_eraser', 'lance_eraser',
+           'Lineage', 'stage_links', 'learnt_from', 'Erasure', 'house_stores', 'house_erasure', 'erase']
 
 # %% ../nbs/08b_flywheel.ipynb #fcec87fb
 import contextlib, hashlib, json, os, re, shutil, sqlite3
@@ -30,6 +29,7 @@ from .evaluation import Prediction
 from .experiments import read_lines
 from .release import CanaryConfig, Registry, gate, guards_by, route, run_canary, tiny_predictions
 from .splits import SplitConfig, audit, load_splits, split, unit_hash
+from .tombstones import ErasureError, Subject, Tombstones, label, tombstones_of
 
 # %% ../nbs/08b_flywheel.ipynb #85762c1d
 class FlywheelError(VideoVLMError): "Logs, labels or cases that the loop cannot use; the text says which."
@@ -410,53 +410,6 @@ def flywheel_demo(out, seed=0, n_train=400, n_traffic=1500, n_test=250, budget=1
     with atomic_write(out/"report.json") as f: json.dump(report, f, indent=1, default=str)
     return report
 
-# %% ../nbs/08b_flywheel.ipynb #0cbe8e5f
-def label(kind, name)->str:
-    "The hash under which a name is kept; the token store labels its tenants and contents the same way."
-    return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()
-
-class ErasureError(VideoVLMError): "An erasure that could not be completed; running it again goes on where it stopped."
-
-@dataclass(frozen=True)
-class Subject:
-    "Who or what is to be erased."
-    kind:str # video, person or tenant
-    id:str="" # Empty when only the hash is known (a tombstone read later)
-    hash:str="" # sha256 over kind and id
-    def __post_init__(self):
-        if self.kind not in ("video", "person", "tenant"): raise ErasureError(f"cannot erase a {self.kind!r}; a video, a person or a tenant can be")
-        if not self.id and not self.hash: raise ErasureError("erase whom? give an id")
-        if not self.hash: object.__setattr__(self, "hash", label(self.kind, self.id))
-    def is_it(self, value): return value is not None and label(self.kind, str(value)) == self.hash
-
-# %% ../nbs/08b_flywheel.ipynb #207755c0
-class Tombstones:
-    "The append-only list of what is erased; shared by all processes that read data."
-    def __init__(self, path): self.path, self._stamp, self._rows = Path(path), None, []
-    def rows(self):
-        "All tombstones; read again when the file changes."
-        try: st = self.path.stat()
-        except FileNotFoundError: return []
-        if (st.st_mtime_ns, st.st_size, st.st_ino) != self._stamp:
-            self._rows, self._stamp = read_lines(self.path), (st.st_mtime_ns, st.st_size, st.st_ino)
-            self._hashes, self._videos = {r["hash"] for r in self._rows}, {v for r in self._rows for v in r.get("videos", ())}
-        return self._rows
-    def add(self, subject, videos=(), who="", why=""):
-        "Append and sync; the same tombstone twice is one."
-        videos = sorted({*videos, *([subject.id] if subject.kind == "video" and subject.id else [])})
-        if any(r["hash"] == subject.hash and set(videos) <= set(r["videos"]) for r in self.rows()): return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(dict(kind=subject.kind, hash=subject.hash, videos=videos, at=utc_now(), who=who, why=why))
-        fd = os.open(self.path, os.O_RDWR|os.O_APPEND|os.O_CREAT, 0o600)
-        try:
-            end = os.lseek(fd, 0, os.SEEK_END); torn = end and os.pread(fd, 1, end-1) != b"\n"
-            os.write(fd, (("\n" if torn else "")+line+"\n").encode()); os.fsync(fd)
-        finally: os.close(fd)
-    def covers(self, video=None, person=None, tenant=None)->bool:
-        "Whether any of these is erased: what a read path asks before it answers."
-        if not self.rows(): return False
-        return video in self._videos or any(v is not None and label(k, str(v)) in self._hashes for k, v in (("video", video), ("person", person), ("tenant", tenant)))
-
 # %% ../nbs/08b_flywheel.ipynb #3a85449e
 OWN = ("id", "clip", "video", "videos", "content", "content_id", "uri", "path", "media", "messages", "data", "a", "b", "key") # Fields that say what a row is about
 PERSON = dict(person=("person", "creator", "user", "key", "by", "annotator", "completed_by"), tenant=("tenant",), video=()) # Fields that name a person or tenant
@@ -797,9 +750,13 @@ def house_stores(runs="runs", serve=None, registry=None, extra=())->list:
     if serve.exists() and not serve.resolve().is_relative_to(runs.resolve()): out.append(folder_eraser(serve, f"files of {serve}", own))
     return [*out, folder_eraser(runs, f"files of {runs}", own)]
 
+def house_erasure(runs="runs", extra=(), **places)->Erasure:
+    "The `Erasure` of everything below `runs`: its stores, its lineage, its stage manifests."
+    runs = Path(runs)
+    if not runs.is_dir(): raise ErasureError(f"{runs} does not exist; give the folder that holds the stages (--runs)")
+    return Erasure(runs/"erasure", house_stores(runs, extra=extra, **places), Lineage(runs/"lineage.jsonl"), derived=lambda s, ids: learnt_from(runs, s, ids))
+
 def erase(kind, id, runs="runs", who="", why="", dry_run=False, extra=(), **places)->dict:
     "Erase a video (content id or path of the file), a person or a tenant everywhere below `runs`; returns the certificate. What `video-vlm erase` calls."
-    runs = Path(runs)
     if kind == "video" and Path(id).is_file(): id = content_id(id)
-    job = Erasure(runs/"erasure", house_stores(runs, extra=extra, **places), Lineage(runs/"lineage.jsonl"), derived=lambda s, ids: learnt_from(runs, s, ids))
-    return job.erase(Subject(kind, id), who, why, dry_run)
+    return house_erasure(runs, extra, **places).erase(Subject(kind, id), who, why, dry_run)

@@ -11,12 +11,12 @@ __all__ = ['VIDEO', 'SPECIAL', 'CHAT_TEMPLATE', 'SPLIT', 'ROLES', 'TRANSCRIPT', 
            'encode_chat', 'truncate', 'VideoVLMProcessor', 'stack_tokens', 'is_chat', 'n_videos', 'register_auto',
            'Row', 'prefix_key', 'pack', 'sees', 'block_mask', 'training_rows', 'collate_rows', 'pack_rows',
            'row_batches', 'row_tensors', 'fill_rows', 'generate_rows', 'ask_messages', 'drop_modality', 'as_list',
-           'stop_ids', 'answer_batch', 'answer', 'answered', 'score_rows', 'score_batch', 'choose_batch', 'choose',
-           'fit_temperature', 'parse_spans', 'caption', 'ground', 'caption_scores', 'chat', 'embed_tokens',
-           'embed_text', 'embed', 'lora_targets', 'lora_layers', 'add_lora', 'use_adapter', 'merge_lora',
-           'write_atomic', 'lora_state', 'save_adapter', 'load_adapter', 'merged_state', 'save_checkpoint', 'assemble',
-           'cache_folder', 'unpack_gguf', 'load_smollm2', 'tiny', 'smol', 'base', 'large', 'preset_size',
-           'load_language_model', 'save_light', 'load_light', 'load_model']
+           'stop_ids', 'answer_batch', 'answer', 'limits_of', 'plan_question', 'answered', 'score_rows', 'score_batch',
+           'choose_batch', 'choose', 'fit_temperature', 'parse_spans', 'caption', 'ground', 'caption_scores', 'chat',
+           'embed_tokens', 'embed_text', 'embed', 'lora_targets', 'lora_layers', 'add_lora', 'use_adapter',
+           'merge_lora', 'write_atomic', 'lora_state', 'save_adapter', 'load_adapter', 'merged_state',
+           'save_checkpoint', 'assemble', 'cache_folder', 'unpack_gguf', 'load_smollm2', 'sampling_of', 'tiny', 'smol',
+           'base', 'large', 'preset_size', 'load_language_model', 'save_light', 'load_light', 'load_model']
 
 # %% ../nbs/04_model.ipynb #c13959e7
 import copy, json, math, os, re, shutil, tempfile
@@ -37,6 +37,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
+from .budget import PRESETS, BudgetLimits, Request, plan_request
 from .data import VideoVLMError
 from .encoder import EncoderConfig, VideoEncoder, VisualTokens, tiny_encoder_config
 
@@ -415,7 +416,7 @@ class VideoVLMProcessor(ProcessorMixin):
 # %% ../nbs/04_model.ipynb #30b54f77
 def stack_tokens(videos) -> torch.Tensor | list:
     "The tokens of several `VisualTokens` as one `[M, N, D]` float32 tensor, or a list where N differs."
-    ts = [torch.as_tensor(np.asarray(v.tokens), dtype=torch.float32) for v in videos]
+    ts = [torch.tensor(np.asarray(v.tokens), dtype=torch.float32) for v in videos]   # one pass from half precision; the store's arrays are read-only
     return torch.cat(ts) if len({t.shape[1:] for t in ts}) == 1 else ts
 
 # %% ../nbs/04_model.ipynb #80f90276
@@ -671,6 +672,21 @@ def answer(model, processor, tokens, question, transcript=None, max_new_tokens: 
     "Answer one question (or the last turn of a conversation) about one clip, several, or none."
     return answer_batch(model, processor, [(tokens, question)], max_new_tokens, transcripts=[transcript])[0]
 
+# %% ../nbs/04_model.ipynb #ec038a78
+def limits_of(model, processor, reserve: int = 256, **kw) -> BudgetLimits:
+    "What the planner must know of a model: its window, the sampling it was trained with, the shapes of its encoder. `kw` replaces fields."
+    enc, s, context = model.encoder, processor.sampling or {}, model.config.text_config.max_position_embeddings
+    known = dict(context=context, reserve=min(reserve, context // 2), fps=s.get("fps", 4.), max_frames=s.get("max_frames", 32), size=enc.size, group=enc.group,
+                 tokens_per_group=enc.tokens_per_group, max_group=max(enc.group, enc.config.max_group))
+    return BudgetLimits(**{**known, **kw})
+
+def plan_question(model, processor, probes, question, transcript=None, start=None, end=None, **kw) -> tuple:
+    "(plans, receipt) of a question about one `Clip` or `Probe`, several, or none. `kw` as in `limits_of`. Raises `BudgetError`."
+    probes = as_list(probes); names = iter(range(len(probes)))
+    name = lambda p: {**p, "video": next(names)} if p["type"] == "video" else p
+    messages = [m if isinstance(m["content"], str) else {**m, "content": [name(p) for p in m["content"]]} for m in ask_messages(question, len(probes), transcript)]
+    return plan_request(Request(messages, dict(enumerate(probes)), start=start, end=end), limits_of(model, processor, **kw), processor.count_text)
+
 # %% ../nbs/04_model.ipynb #fd5b7ca4
 def answered(processor, tokens, question, ans: str) -> Encoded:
     "A question with its answer in token space; only the answer is labelled, not earlier turns."
@@ -762,7 +778,7 @@ def chat(model, processor, messages, videos=None, streamer=None, max_new_tokens:
 @torch.no_grad()
 def embed_tokens(model, tokens_MND) -> np.ndarray:
     "Unit vector `[H]` of stored tokens: the mean of their projections."
-    x = model.project(torch.as_tensor(np.asarray(tokens_MND), dtype=torch.float32)).float()
+    x = model.project(torch.tensor(np.asarray(tokens_MND), dtype=torch.float32)).float()
     return F.normalize(F.normalize(x, dim=-1).mean(0), dim=0).cpu().numpy()
 
 @torch.no_grad()
@@ -962,28 +978,32 @@ def _siglip(hidden, inter, layers, heads, size, patch=16):
     return dict(hidden_size=hidden, intermediate_size=inter, num_hidden_layers=layers, num_attention_heads=heads, image_size=size, patch_size=patch)
 
 # %% ../nbs/04_model.ipynb #5fdf62b2
+def sampling_of(preset: str) -> dict:
+    "Frames a second and cap of a preset, as the planner has them."
+    return dict(fps=float(PRESETS[preset].fps), max_frames=PRESETS[preset].max_frames)
+
 def tiny(vocab_size: int = 1024, width: int = 256, layers: int = 6) -> VideoVLMConfig:
     "The preset for CI and notebooks: about 5M parameters of language model, own tokenizer, `<|video|>` is id 3."
     text = _llama(width, 3 * width, layers, width // 32, width // 32, vocab=vocab_size, theta=1e4, context=4096, eos=2, pad=0)
-    return VideoVLMConfig(encoder_config=tiny_encoder_config(), text_config=text, video_token_id=3, sampling=dict(fps=4.0, max_frames=32))
+    return VideoVLMConfig(encoder_config=tiny_encoder_config(), text_config=text, video_token_id=3, sampling=sampling_of("tiny"))
 
 def smol() -> VideoVLMConfig:
     "The embedded default: the small tower and SmolLM2-135M; real answers offline on a CPU."
     text = LANGUAGE_MODELS["smollm2-135m"](); text.vocab_size += 1
-    return VideoVLMConfig(encoder_config=tiny_encoder_config(), text_config=text, video_token_id=49152, sampling=dict(fps=4.0, max_frames=32))
+    return VideoVLMConfig(encoder_config=tiny_encoder_config(), text_config=text, video_token_id=49152, sampling=sampling_of("smol"))
 
 # %% ../nbs/04_model.ipynb #083be6ab
 def base(language_model: str = "Qwen/Qwen3-1.7B") -> VideoVLMConfig:
     "For one GPU: SigLIP 2 base at 256 px, 16 tokens a group of 2 frames."
-    enc = EncoderConfig(tower=_siglip(768, 3072, 12, 12, 256), pool="mean", spatial=4, group=2)
+    enc = EncoderConfig(tower=_siglip(768, 3072, 12, 12, PRESETS["base"].size), pool="mean", spatial=4, group=2)
     text = LANGUAGE_MODELS[language_model](); new = 151669 if text.model_type == "qwen3" else text.vocab_size
     text.vocab_size = max(text.vocab_size, new + 1)
-    return VideoVLMConfig(encoder_config=enc, text_config=text, video_token_id=new, sampling=dict(fps=1.0, max_frames=8192))
+    return VideoVLMConfig(encoder_config=enc, text_config=text, video_token_id=new, sampling=sampling_of("base"))
 
 def large() -> VideoVLMConfig:
     "For eight GPUs: SigLIP 2 so400m at 384 px, 64 tokens a group of 4 frames, Qwen3-8B."
-    enc = EncoderConfig(tower=_siglip(1152, 4304, 27, 16, 384), pool="mean", spatial=3, group=4)
-    return VideoVLMConfig(encoder_config=enc, text_config=LANGUAGE_MODELS["Qwen/Qwen3-8B"](), video_token_id=151669, sampling=dict(fps=1.0, max_frames=8192))
+    enc = EncoderConfig(tower=_siglip(1152, 4304, 27, 16, PRESETS["large"].size), pool="mean", spatial=3, group=4)
+    return VideoVLMConfig(encoder_config=enc, text_config=LANGUAGE_MODELS["Qwen/Qwen3-8B"](), video_token_id=151669, sampling=sampling_of("large"))
 
 # %% ../nbs/04_model.ipynb #340454e6
 def preset_size(config: VideoVLMConfig) -> dict:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['START', 'STEPS', 'GUARDRAILS', 'ReleaseError', 'GateConfig', 'read_field', 'score_of', 'Guard', 'guards_by',
-           'tiny_predictions', 'pair', 'clip_sums', 'paired_interval', 'se_needed', 'clips_needed', 'worst_flips',
-           'adjusted_p', 'SliceResult', 'GateDecision', 'gate', 'plot_gate', 'png', 'poster', 'page', 'table',
-           'gate_html', 'simulate_gate', 'hash_folder', 'write_text', 'whoami', 'Registry', 'route', 'Router',
-           'show_registry', 'list_versions', 'show_version', 'promote', 'rollback', 'mixture_rho', 'sequence_radius',
-           'Guardrail', 'CanaryConfig', 'share_evidence', 'clustered_share', 'judge_guardrail', 'CanaryVerdict',
-           'judge_canary', 'run_canary', 'simulate_canary', 'compare_shadow']
+           'tiny_predictions', 'load_predictions', 'pair', 'clip_sums', 'paired_interval', 'se_needed', 'clips_needed',
+           'questions_needed', 'worst_flips', 'adjusted_p', 'SliceResult', 'GateDecision', 'gate', 'plot_gate', 'png',
+           'poster', 'page', 'table', 'gate_html', 'simulate_gate', 'hash_folder', 'write_text', 'whoami', 'Registry',
+           'route', 'Router', 'show_registry', 'list_versions', 'show_version', 'promote', 'rollback', 'preview',
+           'mixture_rho', 'sequence_radius', 'Guardrail', 'CanaryConfig', 'share_evidence', 'clustered_share',
+           'judge_guardrail', 'CanaryVerdict', 'judge_canary', 'run_canary', 'simulate_canary', 'compare_shadow']
 
 # %% ../nbs/08_release.ipynb #dee09154
 import base64, hashlib, html, io, json, os, time
@@ -21,7 +21,7 @@ from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
 from .data import VideoVLMError, atomic_write, utc_now
-from .evaluation import Prediction, clustered_interval, clustered_se
+from .evaluation import Prediction, clustered_interval, clustered_se, load_run
 from .splits import unit_hash
 
 # %% ../nbs/08_release.ipynb #6f155f11
@@ -88,6 +88,18 @@ def tiny_predictions(n_clips=200, skills=("colour","count","order"), per_clip=1,
             cand.append(Prediction(**p, score=float(new[c, q]), answer="yes" if new[c, q] else "no"))
     return cand, live
 
+# %% ../nbs/08_release.ipynb #c7f7d593
+def load_predictions(path)->list:
+    "Predictions of an evaluation run (its folder), or rows of a .json or .jsonl file; raises `ReleaseError` where there are none."
+    path = Path(path)
+    if path.is_dir(): return load_run(path).predictions
+    if not path.is_file(): raise ReleaseError(f"no predictions at {path}: give the folder of an evaluation run, or a .json or .jsonl file of predictions")
+    text = path.read_text(encoding="utf-8")
+    try: rows = [json.loads(l) for l in text.splitlines() if l.strip()] if path.suffix == ".jsonl" else json.loads(text)
+    except ValueError as e: raise ReleaseError(f"{path} is not JSON: {e}") from None
+    if not isinstance(rows, list) or not rows: raise ReleaseError(f"{path} holds no list of predictions")
+    return rows
+
 # %% ../nbs/08_release.ipynb #4d204fb8
 def pair(candidate_preds, live_preds):
     "`[(candidate, live)]` matched by `id`; raises `ReleaseError` when the two did not answer the same questions."
@@ -132,6 +144,12 @@ def se_needed(fall=0.05, slices=1, alpha=0.05, power=0.8):
 def clips_needed(sd, fall=0.05, slices=1, alpha=0.05, power=0.8):
     "How many clips that takes, when the paired difference of one clip has standard deviation `sd`."
     return int(np.ceil((sd/se_needed(fall, slices, alpha, power))**2))
+
+# %% ../nbs/08_release.ipynb #3793a9c1
+def questions_needed(churn=0.02, fall=0.05, clips=200, slices=9, alpha=0.05, power=0.8, alike=0., most=64):
+    "Questions a clip (of one slice) that catch `fall`; `alike`: correlation of changes within a clip. None where no number does: take more clips."
+    var, se = churn+fall-fall**2, se_needed(fall, slices, alpha, power)
+    return next((q for q in range(1, most+1) if np.sqrt(var*(1+(q-1)*alike)/q/clips) <= se), None)
 
 # %% ../nbs/08_release.ipynb #44449109
 def worst_flips(t_K, unit_CK, flips, seed):
@@ -505,6 +523,12 @@ def list_versions(folder): "Table of the versions in a registry folder."; return
 def show_version(folder, version): "One version as a dict."; return Registry(folder).get(version)
 def promote(folder, version, who=None, why="", force=False): "One step forward; see `Registry.promote`."; return Registry(folder).promote(version, who, why, force)
 def rollback(folder, who=None, why=""): "One step back; see `Registry.rollback`."; return Registry(folder).rollback(who, why)
+
+# %% ../nbs/08_release.ipynb #a8136cd4
+def preview(reg):
+    "The same registry with a `commit` that writes nothing: every step is checked and only says what would follow."
+    reg.commit = lambda state, what, who, why="": dict(state, would=what)
+    return reg
 
 # %% ../nbs/08_release.ipynb #6d295543
 def mixture_rho(information, alpha=0.05):

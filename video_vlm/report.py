@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['INK', 'SOFT', 'PALETTE', 'ReportConfig', 'figure_svg', 'plot_scores', 'plot_curve', 'picture_uri', 'contact_sheet',
            'render_page', 'percent', 'triple', 'tile', 'score_tile', 'funnel_block', 'example_block', 'examples_of',
-           'render_report', 'render_run', 'eval_task', 'run_benchmark']
+           'render_report', 'render_run', 'eval_task', 'media_facts', 'with_facts', 'training_ids', 'overlap_with',
+           'run_benchmark', 'plot_severity', 'plot_confidence', 'render_robustness']
 
-# %% ../nbs/07c_report.ipynb #a7ce164b
-import base64, html, io, json, math, os, random, re
+# %% ../nbs/07c_report.ipynb #aef41814
+import base64, hashlib, html, io, json, math, os, random, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from .benchmarks import find_video, load_task
-from .data import MediaError, VideoVLMError, content_id, load_samples
-from .evaluation import EvaluationConfig, Score, batched, by_skill, checkpoint_fingerprint, model_answer, openai_answer, run_task, slices, task_from_samples
+from .data import MediaError, VideoVLMError, atomic_write, content_id, isolated, load_clips, load_samples, open_stage, probe
+from .evaluation import EvaluationConfig, Score, batched, by_skill, likely, open_answer, run_task, slices, task_from_samples
+from .robustness import load_robustness, worst_first
 
-# %% ../nbs/07c_report.ipynb #d3ad5c4d
+# %% ../nbs/07c_report.ipynb #ddaccd74
 @dataclass(frozen=True)
 class ReportConfig:
     "What a page holds."
@@ -28,7 +30,7 @@ class ReportConfig:
     def __post_init__(self):
         if not 0 <= self.wrong_share <= 1: raise VideoVLMError(f"wrong_share lies in 0..1, not {self.wrong_share}")
 
-# %% ../nbs/07c_report.ipynb #f7efd584
+# %% ../nbs/07c_report.ipynb #a3ce49b4
 INK, SOFT = "#010203", "#040506"                       # stand for the page's text colour, full and faint
 PALETTE = ("#2f7ed8", "#e8833a", "#3aa675", "#9b6bd3", "#d8495b", "#8a8f98")
 
@@ -51,7 +53,7 @@ def figure_svg(draw, width=7.2, height=2.8):
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     return svg.replace(INK, "currentColor").replace(SOFT, "var(--soft, #888)")
 
-# %% ../nbs/07c_report.ipynb #9c5ccf6a
+# %% ../nbs/07c_report.ipynb #4670ae58
 def plot_scores(groups, baselines=("blind", "shuffled"), limit=1.):
     "SVG of grouped bars with 95% intervals. groups: {series: {label: (value, low, high)}}; baselines are drawn pale."
     labels = list(dict.fromkeys(l for s in groups.values() for l in s))
@@ -84,7 +86,7 @@ def plot_curve(curves, xlabel="step", ylabel="loss"):
         if len(curves) > 1: ax.legend(frameon=False)
     return figure_svg(draw)
 
-# %% ../nbs/07c_report.ipynb #73651449
+# %% ../nbs/07c_report.ipynb #d90d24d7
 def picture_uri(picture, quality=80):
     "data: URI of a PIL image, an array [H, W, 3] or the path of a PNG or JPEG."
     from PIL import Image
@@ -108,7 +110,7 @@ def contact_sheet(path, n=6, width=104, start=None, end=None):
     for i, f in enumerate(x): sheet.paste(Image.fromarray(f), (i * (width + 2), 0))
     return sheet
 
-# %% ../nbs/07c_report.ipynb #69b4043d
+# %% ../nbs/07c_report.ipynb #7007f575
 _CSS = """
 :root{--bg:#fbfbfa;--card:#fff;--ink:#1c2127;--soft:#7a828c;--line:#e3e5e8;--good:#217a4b;--bad:#b3362b;--accent:#2f7ed8;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1c2026;--ink:#e6e8eb;--soft:#939ba6;--line:#2c323a;--good:#5cc08a;--bad:#ef7d70;--accent:#6aa9ee}}
@@ -127,7 +129,7 @@ details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}pre{white-space:p
 @media (max-width:640px){.funnel div{grid-template-columns:110px 1fr 56px}main{padding:20px 14px}}
 """
 
-# %% ../nbs/07c_report.ipynb #6b0d020d
+# %% ../nbs/07c_report.ipynb #cdc4cc0c
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ css }}</style></head>
 <body><main><h1>{{ title }}</h1>{% if subtitle %}<div class="sub">{{ subtitle }}</div>{% endif %}
 {% for s in sections %}{% if s.title %}<h2>{{ s.title }}</h2>{% endif %}{% if s.note %}<div class="note">{{ s.note }}</div>{% endif %}
@@ -154,7 +156,7 @@ def render_page(title, sections, out_html, subtitle="", footer="video_vlm"):
     tmp = out.with_name(f".{out.name}.{os.getpid()}"); tmp.write_text(text, "utf8"); os.replace(tmp, out)
     return out
 
-# %% ../nbs/07c_report.ipynb #7e2bc7db
+# %% ../nbs/07c_report.ipynb #042dad88
 def percent(x, digits=1): return "–" if x is None else f"{100 * x:.{digits}f}%"
 
 def triple(d):
@@ -176,7 +178,7 @@ def funnel_block(rows):
     top = max([c for _, c, *_ in rows] + [1])
     return {"kind": "funnel", "rows": [{"label": l, "count": c, "share": round(100 * c / top, 2), "drop": bool(d and d[0])} for l, c, *d in rows]}
 
-# %% ../nbs/07c_report.ipynb #f83a1f66
+# %% ../nbs/07c_report.ipynb #49cc104d
 def example_block(examples, cfg=ReportConfig()):
     "Cards of examples {'question','answer','truth','correct', and 'picture' (image, array, path of a picture) or 'media' (path of a clip)}: wrong ones first, cut to size."
     wrong, right = [e for e in examples if not e.get("correct")], [e for e in examples if e.get("correct")]
@@ -200,7 +202,7 @@ def examples_of(preds, media=None, seed=0):
     for p in preds: (rest if p.clip in seen else first).append(p); seen.add(p.clip)
     return [{"question": p.question, "answer": p.answer or (f"[{p.error}]" if p.error else "[nothing]"), "truth": p.truth, "correct": p.correct, "skill": p.skill, "media": (media or {}).get(p.clip, "")} for p in first + rest]
 
-# %% ../nbs/07c_report.ipynb #72cb7424
+# %% ../nbs/07c_report.ipynb #5249d64c
 def _data_section(r):
     d = r.get("data") or {}
     if not d: return None
@@ -233,7 +235,7 @@ def _eval_sections(e):
     if levels: out.append({"title": "By level of difficulty", "blocks": [{"kind": "figure", "svg": plot_scores({"model": levels})}]})
     return out
 
-# %% ../nbs/07c_report.ipynb #8dba25bb
+# %% ../nbs/07c_report.ipynb #4d99575a
 def _tiles(r):
     e, d, s, t = r.get("eval") or {}, r.get("data") or {}, r.get("serving") or {}, []
     for key, label in (("qa", "Questions right"), ("blind", "… without video"), ("shuffled", "… frames shuffled")):
@@ -254,7 +256,7 @@ def _time_section(r):
     rows = funnel_block([(k, round(v, 1)) for k, v in sec.items()])
     return {"title": "Time", "note": f"{sum(sec.values()):.0f} s in all" + (f" on {r['cpus']} cores" if r.get("cpus") else "") + ". Seconds a stage:", "blocks": [rows]}
 
-# %% ../nbs/07c_report.ipynb #9bb524b6
+# %% ../nbs/07c_report.ipynb #b77ed613
 def _loss_section(r, losses):
     curves = losses or (r.get("train") or {}).get("loss") or (r.get("training") or {}).get("loss")
     if not curves: return None
@@ -285,7 +287,7 @@ def render_report(report, out_html, examples=(), losses=None, title="video_vlm d
     if subtitle is None: subtitle = " · ".join(x for x in (f"preset {report['preset']}" if report.get("preset") else "", f"seed {report['seed']}" if "seed" in report else "", f"{report['total_seconds']:.0f} s" if report.get("total_seconds") else "") if x)
     return render_page(title, [s for s in sections if s], out_html, subtitle, made or "video_vlm")
 
-# %% ../nbs/07c_report.ipynb #84c13bdd
+# %% ../nbs/07c_report.ipynb #db3d22d0
 def render_run(run, out_html=None, baselines=None, media=None, title=None, cfg=ReportConfig()):
     "The page of an evaluation `Run`. baselines: {name: Run or predictions}; media: clip -> file, for contact sheets. Default place: report.html in the run's folder."
     if out_html is None and not run.folder: raise VideoVLMError("this run has no folder: say where the page goes (out_html=...)")
@@ -308,7 +310,7 @@ def render_run(run, out_html=None, baselines=None, media=None, title=None, cfg=R
                 {"title": "Answers, wrong ones first", "blocks": [example_block(examples_of(preds, media), cfg)]}, *_manifest(run)]
     return render_page(title or (preds[0].task if preds else "evaluation"), sections, out_html or Path(run.folder) / "report.html", "evaluation run")
 
-# %% ../nbs/07c_report.ipynb #73591170
+# %% ../nbs/07c_report.ipynb #e8a695a3
 def _overall(preds):
     from video_vlm.evaluation import accuracy
     return accuracy(preds, n_boot=0)
@@ -327,10 +329,11 @@ def _manifest(run):
     if not path or not path.exists(): return []
     return [{"title": "How to make it again", "blocks": [{"kind": "details", "title": "manifest.json", "text": path.read_text("utf8")}]}]
 
-# %% ../nbs/07c_report.ipynb #991aae3b
+# %% ../nbs/07c_report.ipynb #00b47b67
 def eval_task(task, data, videos=None, limit=None, seed=0):
     "The `Task` of a benchmark's name, or of 'samples' for our own annotations (videos beside the file, or below `videos`); `limit`: a seeded part of its items."
     if task == "samples":
+        if Path(data).is_dir(): data = Path(data) / "annotations.jsonl"
         samples = load_samples(data)
         clips = sorted({v for s in samples for v in s.videos})
         media = {c: find_video(videos, c) if videos else str(Path(data).parent / c) for c in clips}
@@ -348,20 +351,172 @@ def _none_missing(answer, gone):
     if not getattr(answer, "batched", False): return lambda item, prompt: (check(item), answer(item, prompt))[1]
     return batched(lambda items, prompts: ([check(i) for i in items], answer(items, prompts))[1])
 
-# %% ../nbs/07c_report.ipynb #2e1f1365
-def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None, limit=None, shuffle_options=False, seed=0, blind=False, train=None):
-    "Run a benchmark (or 'samples') with a checkpoint folder or hub id `model`, or with a server at `url` -> finished `Run` in `out`, with manifest.json and report.html."
+# %% ../nbs/07c_report.ipynb #6504c4d1
+def media_facts(paths, keep=None):
+    "{path: {duration, fps, height, audio, motion, brightness}}; seconds, frames a second, pixels, yes or no, grey levels a second, 0..255. Unreadable files get {}. `keep`: JSON file."
+    from video_vlm.filters import picture_scores
+    from video_vlm.frames import read_frames_safely
+    keep = Path(keep) if keep else None
+    have = json.loads(keep.read_text("utf8")) if keep and keep.exists() else {}
+    def measure(path):
+        try:
+            p = isolated(probe, path)
+            times = np.linspace(0, p.duration, 10)[1:-1]
+            x = read_frames_safely(path, times, size=(96, 54)).data
+            fps = p.n_frames / p.duration if p.duration else 0.
+            return {"duration": round(p.duration, 2), "fps": round(fps, 1), "height": p.height, "audio": "yes" if p.has_audio else "no", "motion": round(picture_scores(x, times)["motion"], 2), "brightness": round(float(x.mean()), 1)}
+        except VideoVLMError: return {}
+    ids = {p: content_id(p) for p in sorted({str(p) for p in paths if p and Path(p).is_file()})}
+    for path, cid in ids.items():
+        if cid not in have: have[cid] = measure(path)
+    if keep:
+        with atomic_write(keep) as f: json.dump(have, f)
+    return {p: have[c] for p, c in ids.items()}
+
+def with_facts(task, keep=None):
+    "`task` with the facts of its files on every item; what the annotation says about a fact wins."
+    facts = media_facts({i.media for i in task.items}, keep)
+    return replace(task, items=tuple(replace(i, facts={**facts.get(i.media, {}), **i.facts}) for i in task.items))
+
+# %% ../nbs/07c_report.ipynb #9ace0771
+def training_ids(source):
+    "(ids of the training clips, dedup folder or None) of a split folder, an ingest folder, a folder with annotations.jsonl, or a file with one id or path a line."
+    p = Path(source)
+    if (p / "splits.parquet").exists():
+        from video_vlm.splits import load_splits
+        used = open_stage(p).get("inputs", {}).get("dedup", {}).get("path")
+        return {c for c, s in load_splits(p).items() if s == "train"}, used
+    if (p / "annotations.jsonl").exists(): p = p / "annotations.jsonl"
+    elif p.is_dir() and (p / "manifest.json").exists(): return {c.id for c in load_clips(p)}, None
+    if not p.is_file(): raise VideoVLMError(f"{source} says nothing about training: give a split or ingest folder, a folder with annotations.jsonl, or a file of ids")
+    names = sorted({v for s in load_samples(p) for v in s.videos}) if p.suffix == ".jsonl" else [l.strip() for l in p.read_text("utf8").splitlines() if l.strip()]
+    return {content_id(f) if (f := p.parent / n).is_file() else content_id(n) if Path(n).is_file() else n for n in names}, None
+
+def overlap_with(source, items, out):
+    "Keywords of `contamination` for items: clips whose bytes are in training, and near-duplicates where `source` knows its dedup folder."
+    ids, dedup_folder = training_ids(source)
+    cid = {m: content_id(m) for m in {i.media for i in items if i.media and Path(i.media).is_file()}}
+    clips, clusters = ids | {i.clip for i in items if cid.get(i.media, i.clip) in ids}, {}
+    if dedup_folder and Path(dedup_folder).is_dir() and cid:
+        from video_vlm.data import IngestConfig, ingest
+        from video_vlm.splits import footage_overlap
+        clip_of = lambda i: type("Known", (), {"id": i})()
+        stage = ingest(sorted(cid), Path(out) / "overlap" / "00", IngestConfig(progress=False))
+        for train, bench, _ in footage_overlap(dedup_folder, [clip_of(i) for i in sorted(ids)], stage, Path(out) / "overlap"):
+            clusters |= {train: train} | {i.clip: train for i in items if cid.get(i.media) == bench}
+    return {"train_clips": clips, "clusters": clusters}
+
+# %% ../nbs/07c_report.ipynb #e8eae782
+def _look_ahead(task, t, missing, out, model, url):
+    "What a run would do -> dict, for --dry-run."
+    done = sum(1 for _ in open(Path(out) / "answers.jsonl", "rb")) if (Path(out) / "answers.jsonl").exists() else 0
+    return {"task": t.name, "questions": len(t.items), "clips": len({i.clip for i in t.items}), "missing": len({i.clip for i in missing}), "answers_kept": done, "out": str(out), "model": str(url or model or ""),
+            "first_prompt": t.prompt(t.items[0])}
+
+def _annotation_hash(data):
+    "sha256 over an annotation file, or over the names and contents of those in a folder (not the videos)."
+    files = [Path(data)] if Path(data).is_file() else sorted(f for k in ("json", "jsonl", "csv", "txt") for f in Path(data).glob(f"*.{k}"))
+    return content_id(files[0]) if len(files) == 1 else hashlib.sha256("".join(f"{f.name} {content_id(f)}\n" for f in files).encode()).hexdigest()
+
+def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None, limit=None, shuffle_options=False, seed=0, blind=False, train=None, likelihood=False, workers=4, api_key="", dry=False):
+    """Run a benchmark (or 'samples') with a checkpoint folder or hub id `model`, or with a server at `url` -> finished `Run` in `out`, with manifest.json and report.html.
+    `train`: what training used (see `training_ids`) or keywords of `contamination`; `likelihood`: options by likelihood instead of written letters; `dry`: only say what would be done (dict)."""
     t, missing = eval_task(task, data, videos, limit, seed)
-    cfg = EvaluationConfig(seed=seed, shuffle_options=shuffle_options, workers=4 if url else 1)
-    if url: answer, plan, mark = openai_answer(url, model or "default"), "server", f"{url} {model}"
-    else:
-        from video_vlm.model import load_model
-        from video_vlm.store import TokenStore
-        if not model: raise VideoVLMError("say which model answers: a checkpoint folder or hub id, or the url of a server")
-        answer = model_answer(*load_model(model), TokenStore(Path(out) / "tokens"), blind)
-        plan, mark = answer.plan, checkpoint_fingerprint(model)
+    if dry: return _look_ahead(task, t, missing, out, model, url)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    train = overlap_with(train, t.items, out) if isinstance(train, (str, Path)) else train
+    answer, mark = open_answer(model, url, Path(out) / "tokens", blind, workers, api_key)
+    if likelihood: answer = likely(answer)
     gone = {i.id for i in missing} if (videos or task == "samples") and not blind else set()
-    source = {"data": str(data), "data_sha256": content_id(data) if Path(data).is_file() else "", "videos": str(videos or ""), "missing": len(missing), "blind": blind, "model_source": str(model), "seed": seed, "limit": limit}
-    run = run_task(t, _none_missing(answer, gone) if gone else answer, out, cfg, plan, mark, train, source)
-    render_run(run, media={i.clip: i.media for i in t.items if i.media}, title=f"{task}: {model or url}")
+    t = with_facts(t, Path(out) / "media.json")
+    media = {i.clip: i.media for i in t.items if i.media}
+    if blind: t = replace(t, items=tuple(replace(i, media="") for i in t.items))
+    cfg = EvaluationConfig(seed=seed, shuffle_options=shuffle_options, workers=getattr(answer, "workers", 1), batch_size=64 if getattr(answer, "batched", False) else 1)
+    source = {"data": str(data), "data_sha256": _annotation_hash(data), "videos": str(videos or ""), "missing": len(missing), "blind": blind, "model_source": str(model or ""), "endpoint": url or "", "likelihood": likelihood, "seed": seed, "limit": limit}
+    run = run_task(t, _none_missing(answer, gone) if gone else answer, out, cfg, {"blind": blind, "how": answer.plan}, mark, train, source)
+    render_run(run, media=media, title=f"{task}: {model or url}")
     return run
+
+# %% ../nbs/07c_report.ipynb #8fbd2647
+def plot_severity(curves, floor=None):
+    "SVG of small multiples: score against severity with 95% bands. curves: {kind: [[severity, value, low, high]]}; floor: a pale line (what a model without pictures scores)."
+    names = list(curves)
+    cols = min(5, max(len(names), 1)); rows = -(-len(names) // cols)
+    def draw(ax):
+        ax.axis("off"); ax.figure.set_layout_engine("none")
+        for k, name in enumerate(names):
+            sub = ax.figure.add_axes([.05 + (k % cols) * .95 / cols, 1 - (k // cols + 1) / rows + .16 / rows, .8 / cols, .66 / rows])
+            sub.set_facecolor("none")
+            p = np.asarray(curves[name], float)
+            sub.fill_between(p[:, 0], p[:, 2], p[:, 3], color=PALETTE[0], alpha=.2, lw=0); sub.plot(p[:, 0], p[:, 1], "o-", color=PALETTE[0], ms=3, lw=1.6)
+            if floor is not None: sub.axhline(floor, color=PALETTE[1], lw=1, ls="--")
+            sub.set_title(name.replace("_", " "), fontsize=9); sub.set_ylim(0, 1); sub.set_xticks(range(6)); sub.tick_params(labelsize=7)
+    return figure_svg(draw, 9.5, 1.9 * rows)
+
+def plot_confidence(cal):
+    "SVG of the reliability curve (raw and recalibrated) and of risk against coverage."
+    def draw(ax):
+        ax.axis("off"); ax.figure.set_layout_engine("none")
+        a, b = ax.figure.add_axes([.07, .17, .38, .72]), ax.figure.add_axes([.57, .17, .38, .72])
+        a.plot([0, 1], [0, 1], color=SOFT, lw=1, ls="--")
+        for k, (m, v) in enumerate(cal["methods"].items()):
+            p = np.asarray(v["curve"], float)
+            a.plot(p[:, 0], p[:, 1], "o-", ms=3, color=PALETTE[k], label=f"{m}: ECE {v['ece']:.3f}")
+        a.legend(frameon=False, fontsize=8); a.set_xlabel("confidence"); a.set_ylabel("share right")
+        p = np.asarray(cal["risk_coverage"]["curve"], float)
+        b.fill_between(p[:, 0], p[:, 2], p[:, 3], color=PALETTE[4], alpha=.2, lw=0); b.plot(p[:, 0], p[:, 1], color=PALETTE[4]); b.set_xlabel("coverage (share of questions answered)"); b.set_ylabel("risk (share of those wrong)"); b.set_ylim(0, 1)
+        for x in (a, b): x.set_facecolor("none")
+    return figure_svg(draw, 8.5, 3)
+
+# %% ../nbs/07c_report.ipynb #540c234e
+def _rob_table(title, rows):
+    pt = lambda x: "–" if x is None else f"{100 * x:+.1f}"
+    return {"kind": "table", "title": title, "head": ["condition", "measure", "value", "95%", "n", "against", "difference", "95%", "p"], "rows": [
+        [r["name"], r["metric"].replace("_", " ") + ("" if r["higher_is_better"] else " (low is good)"), percent(r["value"]), f"{percent(r['ci95'][0], 0)} to {percent(r['ci95'][1], 0)}", r["n"], r["reference"] or "–",
+         pt(r["diff"]), "–" if r["diff"] is None else f"{pt(r['diff_ci95'][0])} to {pt(r['diff_ci95'][1])}", "–" if r["p"] is None else f"{r['p']:.2g}"] for r in rows]}
+
+def _rob_tiles(report, rows):
+    floor, worst, inj = rows.get("text_only"), worst_first(report, False), rows.get("injection_frames.obeyed")
+    t = [score_tile("Clean", rows["clean"], "good")] + ([score_tile("Text only", floor)] if floor else [])
+    t += [tile("Largest fall", f"{100 * worst[0]['diff']:+.1f} pt", worst[0]["name"], "bad")] if worst else []
+    if inj: t.append(tile("Obeys text in frames", percent(inj["value"]), f"clean answers say the same word in {percent(rows['clean.obeyed']['value'])}"))
+    if "refusal.harmless_refused" in rows: t.append(score_tile("Harmless refused", rows["refusal.harmless_refused"]))
+    if (cal := report.get("calibration")) and cal.get("available"): t.append(tile("ECE", f"{cal['methods']['raw']['ece']:.3f}", f"{cal['methods'][cal['best']]['ece']:.3f} after {cal['best']}"))
+    for k, v in (report.get("moderation") or {}).items():
+        if k.startswith("recall@"): t.append(tile("Unsafe found", percent(v), f"{k.split('fpr')[1]} false alarms; 95%: " + (" to ".join(percent(x, 0) for x in report["moderation"]["ci95"][k]) if report["moderation"]["ci95"][k] else "–")))
+    return t
+
+def _lost_examples(preds, clips, n=12):
+    "Cards of questions that were right on the clean clip and wrong on a damaged one, one a condition first."
+    right, seen, out = {p["id"].split("/", 1)[1] for p in preds if p["condition"] == "clean" and p["score"] >= .5}, set(), []
+    for p in sorted((p for p in preds if p["group"] in ("corruption", "order", "injection") and p["score"] < .5 and p["metric"] == "accuracy" and p["id"].split("/", 1)[1] in right), key=lambda p: (p["severity"] or 3, p["id"])):
+        if p["kind"] not in seen: seen.add(p["kind"]); out.append({"question": p["question"], "answer": p["answer"], "truth": p["truth"], "correct": False, "skill": p["condition"], "media": clips(p)})
+    return out[:n]
+
+# %% ../nbs/07c_report.ipynb #78c5086c
+def _written(folder, p):
+    "The written clip of a prediction line, '' when it is not kept."
+    name = p["condition"].replace("@", "-")
+    sub = Path(folder) / "clips" / ("damaged" if p["group"] == "corruption" else ".") / name
+    return next((str(f) for f in sorted(sub.glob(f"{Path(p['clip']).stem}*.mp4"))), "")
+
+def render_robustness(folder, out_html=None, title=None, cfg=ReportConfig()):
+    "The page of a finished robustness folder -> Path (default: report.html in it)."
+    report, preds = load_robustness(folder)
+    rows = {r["name"]: r for r in report["conditions"]}
+    of = lambda *groups: [r for r in worst_first(report) if r["group"] in groups] + [r for r in report["conditions"] if r["diff"] is None and r["group"] in groups]
+    cal, sections = report.get("calibration") or {}, [{"blocks": [{"kind": "tiles", "tiles": _rob_tiles(report, rows)}]}]
+    if report["curves"]: sections.append({"title": "Score against damage", "note": "Severity 0 is the clean clip; bands are 95% intervals clustered by clip. Dashed: the same questions without any picture.",
+        "blocks": [{"kind": "figure", "svg": plot_severity(report["curves"], rows["text_only"]["value"] if "text_only" in rows else None)}]})
+    skills = [[c, *(f"{100 * report['by_skill'][c][k][0]:.0f}%" if k in report["by_skill"][c] else "–" for k in report["by_skill"]["clean"])] for c in ("clean", "shuffled", "reversed", "black", "text_only") if c in report["by_skill"]]
+    if len(skills) > 1: sections.append({"title": "Does it watch, or glance?", "note": "Order and direction must fall when the frames are shuffled; colour and count must not.", "blocks": [{"kind": "table", "head": ["", *report["by_skill"]["clean"]], "rows": skills}]})
+    for name, note, groups in (("Time and pictures", "Largest loss first.", ("order", "blind", "domain")), ("Orders and traps", "Attack success counts answers that say the ordered word; the clean answers say it by chance as often as the reference shows.", ("injection", "prompt", "absent", "refusal")),
+                               ("Every corruption", "Paired with the clean clip on the same questions.", ("corruption",))):
+        if of(*groups): sections.append({"title": name, "note": note, "blocks": [_rob_table("", of(*groups))]})
+    if cal.get("available"):
+        sure = [[f"at most {float(k):.0%} wrong", "never" if v["threshold"] is None else f"above {v['threshold']:.2f}", percent(v["coverage"]), percent(v["risk"])] for k, v in cal["risk_coverage"]["abstain"].items()]
+        sections.append({"title": "Confidence", "note": "Left: a point on the dashed line means what it says. Right: answering only the surest questions.", "blocks": [{"kind": "figure", "svg": plot_confidence(cal)}, {"kind": "table", "title": "When to say: I cannot tell", "head": ["tolerated", "answer", "answered", "wrong among them"], "rows": sure}]})
+    lost = _lost_examples(preds, lambda p: _written(folder, p))
+    if lost: sections.append({"title": "Right on the clean clip, wrong here", "blocks": [example_block(lost, cfg)]})
+    sections.append({"title": "Everything", "blocks": [{"kind": "details", "title": "report.json", "text": json.dumps({k: v for k, v in report.items() if k != "by_skill"}, indent=1)[:200_000]}]})
+    return render_page(title or "Robustness and safety", sections, out_html or Path(folder) / "report.html", f"{report['model']['fingerprint'][:16]} · {rows['clean']['n_clips']} clips · {len(rows)} conditions · {report['seconds']:.0f} s")

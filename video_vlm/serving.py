@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ARCH', 'VLLM_ENV', 'ENGINES', 'BadRequest', 'EngineBusy', 'EngineDown', 'UnknownAdapter', 'EngineConfig', 'Request',
            'Usage', 'Delta', 'prompt_ids', 'full_ids', 'load_processor', 'full_checkpoint', 'load_encoder',
-           'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'vllm_args', 'VLLMEngine',
-           'check_room', 'adapter_projector', 'project', 'TextStream', 'sample', 'DecodeBatch', 'TransformersEngine',
-           'has_vllm', 'make_engine', 'offline', 'offline_answers', 'collect']
+           'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'VideoPart', 'vllm_args',
+           'VLLMEngine', 'check_room', 'adapter_projector', 'project', 'TextStream', 'sample', 'DecodeBatch',
+           'TransformersEngine', 'has_vllm', 'make_engine', 'offline', 'offline_answers', 'collect']
 
 # %% ../nbs/09_serving.ipynb #55c54823
 import asyncio, functools, itertools, os, threading, uuid
@@ -279,6 +279,20 @@ def _vllm_processor():
     return Processor
 
 # %% ../nbs/09_serving.ipynb #53a00502
+class VideoPart:
+    "What the model does with videos: stored tokens through the projector, frames through the encoder before it."
+    def embed_multimodal(self, video_tokens=None, video_embeds=None, video_frames=None, **kw):
+        rows = zip(video_tokens, video_embeds, video_frames) if video_tokens is not None else ()
+        return [(e if len(e) else self.projector(t if len(t) else self.encode(f))).flatten(0, 1) for t, e, f in rows]
+
+    def encode(self, frames_THWC):
+        from video_vlm.encoder import group_frames
+        if self.encoder is None: raise BadRequest("this engine was started without an encoder and takes stored tokens only")
+        self.encodes += 1
+        px, mask = group_frames(frames_THWC.cpu().numpy(), self.config.encoder_config.group)
+        return self.encoder(px.to(self.encoder.dtype).to(self.encoder.device), mask.to(self.encoder.device)).half()
+
+# %% ../nbs/09_serving.ipynb #12c410bb
 @functools.cache
 def _vllm_model():
     from torch import nn
@@ -291,7 +305,7 @@ def _vllm_model():
     Info, Dummy = _vllm_info()
 
     @MULTIMODAL_REGISTRY.register_processor(_vllm_processor(), info=Info, dummy_inputs=Dummy)
-    class VLLMModel(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
+    class VLLMModel(VideoPart, nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP):
         packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
         def __init__(self, *, vllm_config, prefix=""):
             super().__init__(); self.encodes = 0
@@ -307,22 +321,10 @@ def _vllm_model():
         @classmethod
         def get_placeholder_str(cls, modality, i): return "<|video|>"
         def get_mm_mapping(self): return MultiModelKeys.from_string_field(language_model="language_model", connector="projector", tower_model="encoder")
-
-        def embed_multimodal(self, video_tokens=None, video_embeds=None, video_frames=None, **kw):
-            rows = zip(video_tokens, video_embeds, video_frames) if video_tokens is not None else ()
-            return [(e if len(e) else self.projector(t if len(t) else self.encode(f))).flatten(0, 1) for t, e, f in rows]
-
-        def encode(self, frames_THWC):
-            from video_vlm.encoder import group_frames
-            self.encodes += 1
-            px, mask = group_frames(frames_THWC.cpu().numpy(), self.config.encoder_config.group)
-            return self.encoder(px.to(self.encoder.dtype).to(self.encoder.device), mask.to(self.encoder.device)).half() # float16, as the store keeps them
-
         def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kw):
             return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds if intermediate_tensors is None else None)
         def compute_logits(self, hidden): return self.language_model.compute_logits(hidden)
-        def load_weights(self, weights):
-            return AutoWeightsLoader(self).load_weights((k, v) for k, v in weights if self.encoder is not None or not k.startswith("encoder."))
+        def load_weights(self, weights): return AutoWeightsLoader(self).load_weights((k, v) for k, v in weights if self.encoder is not None or not k.startswith("encoder."))
     return VLLMModel
 
 # %% ../nbs/09_serving.ipynb #cdc78575
@@ -499,6 +501,15 @@ async def _abort(self, id:str):
 def _stats(self) -> dict: return dict(engine=self.name, running=self.running, restarts=self.restarts, ready=self.ready)
 
 VLLMEngine.load_adapter, VLLMEngine.drop_adapter, VLLMEngine._adapter, VLLMEngine.abort, VLLMEngine.stats = _load_adapter, _drop_adapter, _adapter, _abort, _stats
+
+# %% ../nbs/09_serving.ipynb #68a482e7
+@patch
+async def forget(self:VLLMEngine):
+    "Empty the engine's caches (multimodal inputs, encoder outputs, prefixes): what erasure asks for. While requests run the last one is refused, and tried again for a minute."
+    for reset in ("reset_mm_cache", "reset_encoder_cache", "reset_prefix_cache"):
+        for _ in range(120):
+            if not self.ready or await getattr(self.llm, reset)() is not False: break
+            await asyncio.sleep(.5)
 
 # %% ../nbs/09_serving.ipynb #dba50dda
 class TextStream:
@@ -706,7 +717,9 @@ async def _tf_abort(self, id):
     for r in [*self.waiting, *self.rows]:
         if r.req.id == id and not r.gone: r.gone = True; r.emit(Delta("", (), r.index, "abort"))
 
-TransformersEngine.generate, TransformersEngine.abort, TransformersEngine.stats = _tf_generate, _tf_abort, _stats
+async def _tf_forget(self): "Nothing is cached between requests here."
+
+TransformersEngine.generate, TransformersEngine.abort, TransformersEngine.forget, TransformersEngine.stats = _tf_generate, _tf_abort, _tf_forget, _stats
 
 # %% ../nbs/09_serving.ipynb #9cd4ba60
 ENGINES = dict(vllm=VLLMEngine, transformers=TransformersEngine)

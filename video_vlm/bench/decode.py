@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'MEMORY', 'moving', 'bench_clips', 'plain_decord', 'plain_decord_small', 'plain_pyav_sequential',
-           'plain_pyav_seek', 'plain_torchcodec', 'decode_all', 'available', 'seconds_of', 'rss_growth', 'fixtures',
-           'exact_fraction', 'measure', 'over_fastest', 'run']
+           'plain_pyav_seek', 'plain_torchcodec', 'decode_all', 'available', 'borrow_ffmpeg', 'seconds_of',
+           'rss_growth', 'fixtures', 'exact_fraction', 'measure', 'over_fastest', 'run']
 
 # %% ../../nbs/benchmarks/decode.ipynb #834b644e
-import json, os, subprocess, sys, tempfile, time
+import importlib.util, json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,14 @@ def decode_all(path):
 def available() -> tuple:
     "(names of the plain ways that run here, messages about the others)."
     try: import torchcodec.decoders; return list(PLAIN), []
-    except Exception as e: return [k for k in PLAIN if k != "torchcodec"], [f"torchcodec skipped: {type(e).__name__} (pip install torchcodec==0.13, and FFmpeg's shared libraries)"]
+    except Exception as e: return [k for k in PLAIN if k != "torchcodec"], [f"torchcodec skipped: {type(e).__name__} (pip install torchcodec==0.13.0, and FFmpeg's shared libraries)"]
+
+def borrow_ffmpeg(folder) -> Path:
+    "Links in `folder` under which torchcodec finds the FFmpeg that comes inside the wheel of PyAV; for LD_LIBRARY_PATH of a new process."
+    import av
+    for f in (Path(av.__file__).parents[1]/"av.libs").glob("lib*.so*"):
+        for name in {f.name, re.sub(r"^(lib(?:av|sw)\w+)-[0-9a-f]+\.so\.(\d+).*", r"\1.so.\2", f.name)}: (Path(folder)/name).symlink_to(f)
+    return Path(folder)
 
 def seconds_of(fns:dict, repeat:int, budget_s:float=1e9) -> dict:
     "Best of `repeat` rounds for each function, the rounds interleaved, so that a busy moment hits all alike."
@@ -148,9 +155,18 @@ def measure(path, names, repeat) -> dict:
 def over_fastest(d): return d["ours"]/min(v for k, v in d.items() if k != "ours")
 
 # %% ../../nbs/benchmarks/decode.ipynb #00659cfd
-def run(quick:bool=False, folder=None, progress:bool=True) -> dict:
+def _run_with_torchcodec(quick, folder):
+    "`run` in a process that can load torchcodec: libraries are looked for when a process starts."
+    with tempfile.TemporaryDirectory() as d:
+        env = {**os.environ, "BORROWED": "1", "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(borrow_ffmpeg(d)), os.environ.get("LD_LIBRARY_PATH")]))}
+        code = f"import json, sys\nfrom video_vlm.bench.decode import run\nr = run({bool(quick)}, {folder and str(folder)!r}, False)\nprint('FIGURES', json.dumps(r))"
+        r = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(r.stdout.split("FIGURES ")[-1])
+
+def run(quick:bool=False, folder:str=None, progress:bool=True) -> dict:
     "Figures of `bench decode`; `quick` takes shorter, smaller clips and one round, for a look."
     names, notes = available()
+    if "torchcodec" not in names and importlib.util.find_spec("torchcodec") and "BORROWED" not in os.environ: return _run_with_torchcodec(quick, folder)
     with tempfile.TemporaryDirectory() as tmp:
         clips = bench_clips(folder or tmp, *((8, (640, 360)) if quick else (60, (1280, 720))), progress=progress)
         m = {g: measure(p, names, 1 if quick else 3) for g, p in clips.items()}

