@@ -25,6 +25,10 @@ def note():
     "note(heading, line): a line for the report at the end of the run."
     return lambda heading, line: NOTES.setdefault(heading, []).append(line)
 
+FORKS = ("test_training", "test_training_processes", "test_preference")   # they fork this process: before other tests have started threads and process groups in it
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda i: i.module.__name__ not in FORKS)
+
 def pytest_terminal_summary(terminalreporter):
     for heading, lines in NOTES.items():
         terminalreporter.section(heading)

@@ -68,16 +68,21 @@ def test_unnamed_colours_never_look_like_a_held_out_pair():
 def test_no_scene_that_is_short_enough_is_an_error():
     with pytest.raises(VideoVLMError, match="short_groups"): lm_scene(0, True, replace(CFG, short_groups=0), tries=990)
 
-def test_a_shape_word_of_a_question_is_told_its_colour_and_nothing_else_changes(encoder):
+def test_questions_are_answered_where_they_are_asked_and_nothing_else_changes(encoder):
     from video_vlm.model import load_model, training_rows
-    from video_vlm.pretrain import tell_colours
+    from video_vlm.pretrain import tell_answers
     from video_vlm.world import samples_of
     tokenizer = load_model(checkpoint_folder())[1].tokenizer
     scene = next(s for s in map(make_scene, range(100)) if len({o.shape for o in s.things}) == len(s.things) > 1)
     tokens, _ = lm_clip(encoder, scene, CFG)
-    row = training_rows(samples_of(scene, tokens.key), tokens, tokenizer)
-    told = tell_colours(row, [(o.colour, o.shape) for o in scene.things], tokenizer)
+    samples = samples_of(scene, tokens.key)
+    row = training_rows(samples, tokens, tokenizer)
+    told = tell_answers(row, samples, tokenizer)
     new = (told["labels"] != row["labels"]).nonzero()[:, 0].tolist()
     assert new and (row["labels"][new] == -100).all() and (told["label_weights"][new] == 1).all()
-    said = {(tokenizer.decode([row["input_ids"][p-1]]).strip(), tokenizer.decode([told["labels"][p]])) for p in new}
-    assert said <= {(o.shape, o.colour) for o in scene.things}, said
+    word = lambda i: tokenizer.decode([int(i)])
+    at = {(word(row["input_ids"][p-1]), word(told["labels"][p]), int(row["branch"][p])) for p in new}
+    for k, s in enumerate(samples, 1):
+        first = s.meta["answer"] and tokenizer.decode(tokenizer(s.meta["answer"]).input_ids[:1])
+        if s.meta["kind"] in ("colour", "shape", "position"): assert {a for w, a, b in at if b == k} == {first}, (s.messages, at)
+        if s.meta["kind"] == "caption" or s.task == "ground": assert not [a for w, a, b in at if b == k]

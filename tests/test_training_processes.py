@@ -55,7 +55,7 @@ def test_from_one_process_to_two_and_back_differs_by_rounding_only(curves, tmp_p
     stop.n = 0
     with pytest.raises(Stop): one(R, tmp_path/"e", extra=stop)
     got, a = np.array(two(R, tmp_path/"e", tmp_path)), curves[0]
-    assert (got[:20] == a[:20]).all() and np.abs(got-a).max() < 1e-4
+    assert np.abs(got[:20]-a[:20]).max() < 1e-6 and np.abs(got-a).max() < 1e-4
 
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     def body(rank):

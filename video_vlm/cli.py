@@ -75,8 +75,12 @@ def ask(file: Annotated[str, typer.Argument(help="A video file")], question: Ann
     _quiet()
     from video_vlm.frames import read_frames_safely
     from video_vlm.model import answer, load_model, plan_question
+    from video_vlm.moments import ask_video, is_long
     from video_vlm.store import visual_tokens
     vlm, processor = load_model(named(model) if model else default_model())
+    if start is None and end is None and is_long(clip, processor):
+        typer.echo(f"video-vlm: {clip.duration:.0f} s are too long for one look: searching in it first (kept in runs/long)", err=True)
+        return typer.echo(ask_video(str(path), question, vlm, processor))
     (plan,), receipt = plan_question(vlm, processor, clip, question, start=start, end=end)
     if said := receipt.note(): typer.echo(f"video-vlm: {said}", err=True)
     typer.echo(answer(vlm, processor, visual_tokens(str(path), plan, vlm.encoder, read=read_frames_safely), question))
@@ -301,6 +305,7 @@ def _search_page(title, hits, uris, path):
         cards.append(card)
     return render_page(title, [dict(title="", blocks=[example_block(cards)])], path, subtitle=f"{len(hits)} hits")
 
+# %% ../nbs/09b_cli.ipynb #d34df6d0
 @app.command()
 def search(query: Annotated[str, typer.Argument(help="What to look for")] = "", out: Annotated[str, typer.Option(help="Folder that index wrote")] = "runs/search", k: Annotated[int, typer.Option(help="Hits")] = 10,
            tenant: Annotated[str, typer.Option(help="Whose videos to search")] = "", like: Annotated[Optional[str], typer.Option(help="A video file, or the beginning of a clip's id: find what looks like it")] = None,

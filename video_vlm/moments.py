@@ -174,8 +174,8 @@ def ask_video(path, question, model, processor, out="runs/long", start=None, end
     return answer_from(question, [(h, long_tokens(clip, model.encoder, fps, store, start=h.start, end=h.end, cfg=cfg)) for h in hits], model, processor, write)
 
 def is_long(clip, processor):
-    "Whether a clip is longer than what the model is shown at once."
-    s = sampling_of(processor); return clip.duration > s["max_frames"]/s["fps"]
+    "Whether the model would be shown less than one frame a second of a clip: then events fall between the frames."
+    s = sampling_of(processor); return clip.duration*min(s["fps"], 1.) > s["max_frames"]
 
 # %% ../nbs/06a_moments.ipynb #888b2d76
 def read_facts(out):

@@ -140,7 +140,7 @@ class ClipSet:
     lengths:list = field(default_factory=list) # Ids of each clip's visual prefix (tokens and timestamps), for bucketing
     sources:list = field(default_factory=list) # Source of each clip, for the mixture; video and text where not given
     origin:str = "" # What made the tokens: fingerprint of the encoder
-    tell:callable = None # (packed row, tokenizer) -> the row with more to predict: labels within questions
+    tell:callable = None # (packed row, its samples, tokenizer) -> the row with more to predict: labels within questions
 
     def __post_init__(self):
         empty = [i for i, s in zip(self.ids, self.samples) if not s]
@@ -198,7 +198,7 @@ def step_rows(data, recipe, step, tokenizer, rank=0, world=1):
         if recipe.drop: samples = [one_dropped(s, rng, recipe.drop) for s in samples]
         seen = any(map(shows, samples))
         row = {**training_rows(samples, data.visual(c) if seen else None, tokenizer, recipe.max_length or None), "clip": data.ids[c] if seen else None}
-        rows.append(data.tell(row, tokenizer) if data.tell and seen else row)
+        rows.append(data.tell(row, samples, tokenizer) if data.tell and seen else row)
     return rows
 
 def collate(rows, tokenizer):
