@@ -131,6 +131,7 @@ def test_canary_grows_and_goes_back_while_it_serves(place, adapters):
         def who_(n=30): return [h.client().chat.completions.create(model="video-vlm", messages=user("hi"), max_tokens=2, user=f"u{i}", store=True).model_extra["video_vlm"] for i in range(n)]
         assert {w["variant"] for w in who_(5)} == {"live"}
         state(2, 50); wait(lambda: 2 in h.gw.router.names)
+        loaded = h.gw.router.names[2]
         half = who_()
         canary = {i for i, w in enumerate(half) if w["variant"] == "canary"}
         assert 5 < len(canary) < 25 and {w["propensity"] for w in half} == {.5}
@@ -140,7 +141,7 @@ def test_canary_grows_and_goes_back_while_it_serves(place, adapters):
         h.gw.router.grace = 0.
         state(4); wait(lambda: 2 not in h.gw.router.names)                                            # rolled back
         assert {w["variant"] for w in who_(5)} == {"live"}
-        wait(lambda: not h.gw.engine.adapters)
+        wait(lambda: loaded not in h.gw.engine.adapters)
         from video_vlm.flywheel import RequestLog
         from video_vlm.release import judge_canary
         rows = RequestLog(place[0] / "canary" / "log").rows()

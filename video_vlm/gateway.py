@@ -1458,10 +1458,10 @@ def serve(cfg:GatewayConfig, engine_cfg:EngineConfig, kind:str="auto", ready_fil
     "Run the gateway until SIGTERM or Ctrl-C. `ready_file` receives the address as soon as it is known."
     import uvicorn
     sock = listen(cfg)
+    if not (is_loopback(cfg.host) or cfg.open_door) and Book(Path(cfg.folder)/"gateway.db").one("select 1 from keys") is None:
+        raise VideoVLMError(f"{cfg.host} can be reached by others and there are no API keys: make one with `video-vlm keys add NAME`, or set open_door")
     engine = make_engine(kind, engine_cfg)
     gw = Gateway(cfg, engine, engine.model.encoder if hasattr(engine, "model") else None, safety)
-    if not (is_loopback(cfg.host) or cfg.open_door) and gw.book.one("select 1 from keys") is None:
-        raise VideoVLMError(f"{cfg.host} can be reached by others and there are no API keys: make one with `video-vlm key`, or set open_door")
     url = f"http://{cfg.host}:{sock.getsockname()[1]}"
     print(f"video-vlm gateway on {url} (engine {engine.name}, model {engine_cfg.checkpoint})", flush=True)
     if ready_file: Path(ready_file+".tmp").write_text(url); os.replace(ready_file+".tmp", ready_file)

@@ -205,8 +205,9 @@ def index_folder(folder, out, model, processor, name="", tenant="", describe=Tru
         have = open_index(out).versions(tenant) if (out/"index.json").exists() else {}
         return sum(have.get(c.id) != version_of(c, cfg, space["by"]) for c in clips), rejected
     store, by_id = TokenStore(out/"tokens"), {c.id: c for c in clips}
-    uris = (read_facts(out)["uris"] if (out/"index.json").exists() else {}) | {c.id: str(Path(c.uri).resolve()) for c in clips}
-    with atomic_write(out/"index.json") as f: json.dump(dict(model=name, fingerprint=space["fingerprint"], width=space["width"], uris=uris), f)
+    old = read_facts(out) if (out/"index.json").exists() else dict(model="", uris={})
+    uris = old["uris"] | {c.id: str(Path(c.uri).resolve()) for c in clips}
+    with atomic_write(out/"index.json") as f: json.dump(dict(model=name or old["model"], fingerprint=space["fingerprint"], width=space["width"], uris=uris), f)
     return index_clips(out/"index", clips, lambda i: long_tokens(by_id[i], model.encoder, fps, store, tenant), tenant=tenant, cfg=cfg, progress=progress, **space), rejected
 
 # %% ../nbs/06a_moments.ipynb #7e365788
