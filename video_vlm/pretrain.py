@@ -11,6 +11,7 @@ __all__ = ['PALETTE', 'MOTION_WEIGHT', 'WORD_SETS', 'SILENT', 'SHEET', 'NAMED', 
 
 # %% ../nbs/05b_pretrain.ipynb #1959d651
 import json, os, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,8 +336,9 @@ def lm_data(tower, folder, short=False, cfg=PretrainConfig(), workers=2, progres
     n, folder = cfg.short_clips if short else cfg.clips, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(str(tower), range(a, min(a+chunk, n)), short, cfg, str(folder/f"{'short' if short else 'all'}_{a:06d}.npz")) for a in range(0, n, chunk)]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        paths = list(tqdm(pool.map(_lm_chunk, jobs), total=len(jobs), desc=f"{n} clips", disable=not progress))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext() as pool:
+        made = pool.map(_lm_chunk, jobs) if pool else map(_lm_chunk, jobs)
+        paths = list(tqdm(made, total=len(jobs), desc=f"{n} clips", disable=not progress))
     return _lm_set(jobs, paths, cfg)
 
 def _lm_set(jobs, paths, cfg):
