@@ -452,10 +452,10 @@ def _yes_no_questions(scene, rng):
 
 SKILL = dict(count_end="count", after="order", exists="presence", happens="presence", safe="moderation", when="when")
 
-def questions(scene, wording="train", choice=.25):
+def questions(scene, wording="train", choice=.25, draw=0):
     """Questions of a scene as dicts: skill, kind, question, answer, options, span (seconds or None).
-    `wording` is train or test (the held-out wording); a share `choice` is asked in multiple-choice form."""
-    rng, out = np.random.default_rng([scene.seed, 7]), []
+    `wording` is train or test (the held-out wording); a share `choice` is asked in multiple-choice form. Another `draw`, other wordings, names and yes-no questions."""
+    rng, out = np.random.default_rng([scene.seed, 7, draw] if draw else [scene.seed, 7]), []
     for kind, slots, answer, options, span in (*_still_questions(scene, rng), *_motion_questions(scene, rng), *_yes_no_questions(scene, rng)):
         forms = WORDINGS[kind]
         text = (forms[-1] if wording == "test" else forms[rng.integers(len(forms)-1)]).format(**slots)
@@ -467,21 +467,21 @@ def questions(scene, wording="train", choice=.25):
     return out
 
 # %% ../nbs/00a_world.ipynb #e1129d5e
-def samples_of(scene, video, wording="train"):
-    "Chat samples of a scene: questions, one grounding question per event, one caption. `video` is a clip id or a path."
+def samples_of(scene, video, wording="train", draw=0):
+    "Chat samples of a scene: questions, one grounding question per event, one caption. `video` is a clip id or a path; `draw` as in `questions`."
     rows, facts_ = [], facts(scene)
     rng = np.random.default_rng([scene.seed, 11])
     caps = captions(scene)
     cap = caps[-1] if wording == "test" else caps[rng.integers(len(caps)-1)]
     ask = WORDINGS["caption"][-1 if wording == "test" else rng.integers(len(WORDINGS["caption"])-1)]
-    items = questions(scene, wording)+[dict(skill="caption", kind="caption", question=ask, answer=cap, options=[], span=None)]
+    items = questions(scene, wording, draw=draw)+[dict(skill="caption", kind="caption", question=ask, answer=cap, options=[], span=None)]
     for k, q in enumerate(items):
         say = dict(type="span", start=q["span"][0], end=q["span"][1]) if q["span"] else dict(type="text", text=q["answer"])
         msgs = [dict(role="user", content=[dict(type="video", video=str(video)), dict(type="text", text=q["question"])]), dict(role="assistant", content=[say])]
         meta = dict(skill=q["skill"], kind=q["kind"], answer=q["answer"], options=q["options"], span=q["span"], level=scene.level,
-                    events=[e["action"] for e in facts_["events"]], things=facts_["objects"], phrases=[e["phrase"] for e in facts_["events"]], unsafe=facts_["unsafe"])
+                    events=[e["action"] for e in facts_["events"]], things=facts_["objects"], phrases=[e["phrase"] for e in facts_["events"]], spans=[(e["start"], e["end"]) for e in facts_["events"]], unsafe=facts_["unsafe"])
         task = {"caption": "caption", "when": "ground"}.get(q["skill"], "qa")
-        rows.append(Sample(id=f"{scene.level}-{scene.seed}-{k}", messages=msgs, source="world", task=task, created_at="", meta=meta))
+        rows.append(Sample(id=f"{scene.level}-{scene.seed}-{f'{draw}.' if draw else ''}{k}", messages=msgs, source="world", task=task, created_at="", meta=meta))
     return rows
 
 # %% ../nbs/00a_world.ipynb #5d2c6ad0
