@@ -60,3 +60,31 @@ def test_random_owners_random_order(tmp_path, seed):
         if not who: continue
         t.add(T.Subject(kind, who)); dead[kind].add(who)
         assert T.standing(rows, tmp_path/"any/where") == [r for r in rows if not (r.id in dead["video"] or r.creator in dead["person"] or r.tenant in dead["tenant"])]
+
+def test_the_readers_of_the_house_ask(tmp_path):
+    "Manifest, token store and index: one line in `erasure` and the clip is as if it were not there, its bytes still on disk."
+    from video_vlm.data import IngestConfig, content_id, ingest, load_clips, probe, tiny_clips, training_clips
+    from video_vlm.encoder import VideoEncoder, tiny_encoder_config
+    from video_vlm.frames import plan_frames
+    from video_vlm.search import Index, rows_of, search
+    from video_vlm.store import TokenStore, visual_tokens
+    runs = tmp_path/"runs"; tiny_clips(tmp_path/"clips"); stage = ingest(tmp_path/"clips", runs/"00_data", IngestConfig(progress=False)); clips = load_clips(stage)
+    enc, store, ix = VideoEncoder(tiny_encoder_config()).eval(), TokenStore(runs/"tokens"), None
+    for c in clips:
+        plan = plan_frames(probe(c.uri), fps=4, max_frames=8, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group); vt = visual_tokens(c, plan, enc, store)
+        ix = ix or Index(runs/"index", enc.fingerprint, enc.width)
+        ix.upsert(rows_of(c.id, vt, captions=["a ball"]))
+    gone, plans = clips[0], lambda c: plan_frames(probe(c.uri), fps=4, max_frames=8, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
+    assert {h.clip for h in search(ix, "ball", k=20)} == {c.id for c in clips}
+    T.Tombstones(runs/"erasure/tombstones.jsonl").add(T.Subject("video", gone.id))
+    assert [c.id for c in load_clips(stage, rejected=True)] == [c.id for c in clips[1:]] == [c.id for c in training_clips(stage)]
+    assert {h.clip for h in search(ix, "ball", k=20)} == {c.id for c in clips[1:]}
+    for ask in (gone, gone.uri):
+        with pytest.raises(T.Erased): visual_tokens(ask, plans(gone), enc, store)
+    assert visual_tokens(clips[1], plans(clips[1]), enc, store) is not None and store.counters["encodes"] == len(clips)
+
+def test_a_creator_that_was_erased_takes_the_rows_along(tmp_path):
+    from video_vlm.data import erased
+    f = T.Tombstones(tmp_path/"erasure/tombstones.jsonl"); assert not erased(tmp_path)("x", "ann")
+    f.add(T.Subject("person", "ann")); gone = erased(tmp_path/"a/b")
+    assert gone("x", "ann") and not gone("x", "bob") and not gone("x") and not gone("", "")

@@ -281,3 +281,24 @@ def test_page_and_documents(house):
     paths = httpx.get(house.url + "/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/files", "/v1/videos", "/v1/embeddings", "/v1/models", "/health", "/ready", "/metrics"} <= set(paths)
     assert httpx.get(house.url + "/v1/nothing").json()["error"]["type"] == "not_found_error"
+
+def test_what_is_under_a_tombstone_is_gone_even_from_memory(place, tmp_path):
+    "One line beside the server's folder: asked again, uploaded again, indexed again, it is 410, and the engine hears nothing of it."
+    from video_vlm.data import content_id
+    from video_vlm.tombstones import Subject, Tombstones
+    clip, other = place[2][:2]; house = House(tmp_path / "serve", place[1], place[0] / "clips")
+    try:
+        assert ask(house, "What?", f"file://{clip}").choices and (before := counted(house, "video_vlm_encodes_total"))
+        Tombstones(tmp_path / "erasure/tombstones.jsonl").add(Subject("video", content_id(clip)))
+        with pytest.raises(APIStatusError) as e: ask(house, "What?", f"file://{clip}")
+        assert (e.value.status_code, e.value.code) == (410, "erased") and counted(house, "video_vlm_encodes_total") == before
+        with pytest.raises(APIStatusError) as e: house.client().files.create(file=open(clip, "rb"), purpose="vision")
+        assert e.value.status_code == 410 and ask(house, "What?", f"file://{other}").choices
+    finally: house.close()
+
+def test_the_door_does_not_open_when_the_last_key_is_erased(tmp_path):
+    from video_vlm.gateway import ApiError, Book, tenant_of
+    book = Book(tmp_path / "b.db"); assert tenant_of(book, None) == "local"
+    key = make_key(book, "acme"); assert tenant_of(book, f"Bearer {key}") == "acme"
+    book.run("delete from keys")
+    with pytest.raises(ApiError): tenant_of(book, None)

@@ -237,7 +237,7 @@ def clips(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
     import re
     from dataclasses import asdict
     from video_vlm.data import load_clips
-    if as_of and not re.fullmatch(r"\d{4}(-\d{2}(-\d{2})?)?", as_of): raise VideoVLMError(f"--as-of {as_of}: expected an ISO date such as 2025-12-31")
+    if as_of and not re.fullmatch(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?", as_of): raise VideoVLMError(f"--as-of {as_of}: expected an ISO date such as 2025-12-31")
     for c in load_clips(existing(stage, "ingest folder"), rejected=rejected, day=as_of):
         if c.may_train or not training: typer.echo(json.dumps(asdict(c), ensure_ascii=False))
 
@@ -598,16 +598,16 @@ def release_rollback(why: Why = "", dry_run: Dry = False, registry: RegistryFold
     _stepped(_registry(registry, dry_run).rollback(why=why))
 
 @release.command("gate")
-def release_gate(candidate: Annotated[str, typer.Argument(help="Predictions of the candidate: an evaluation folder, .json or .jsonl")], live: Annotated[str, typer.Argument(help="Predictions of live on the same questions")],
+def release_gate(candidate: Annotated[str, typer.Argument(help="Predictions of the candidate: an evaluation or robustness folder, .json or .jsonl")], live: Annotated[str, typer.Argument(help="Predictions of live on the same questions")],
                  by: Annotated[str, typer.Option(help="Fields whose values are slices, with commas")] = "skill", epsilon: Annotated[Optional[float], typer.Option(help="Tolerated fall of a slice (share of 1)")] = None,
                  version: Annotated[Optional[str], typer.Option(help="Attach the decision to this version")] = None, html: Annotated[Optional[str], typer.Option(help="Write the page with the lost clips")] = None, registry: RegistryFolder = "runs/registry"):
     """May the candidate replace live? Exit code 1 when it is blocked.
 
     Example:  video-vlm release gate runs/new/07_eval/qa runs/old/07_eval/qa --by task,skill --version 2
     """
-    from video_vlm.release import gate, gate_html, guards_by, load_predictions
+    from video_vlm.release import gate, gate_html, guards_for, load_predictions
     cand, base = load_predictions(candidate), load_predictions(live)
-    decision = gate(cand, base, guards_by(base, *by.split(",")), epsilon)
+    decision = gate(cand, base, guards_for(base, *by.split(",")), epsilon)
     if version is not None: _registry(registry).attach(version, "gate", decision)
     if html: gate_html(decision, html)
     typer.echo(str(decision))
@@ -616,18 +616,20 @@ def release_gate(candidate: Annotated[str, typer.Argument(help="Predictions of t
 # %% ../nbs/09b_cli.ipynb #9dc7a134
 @app.command()
 def erase(video: Annotated[Optional[str], typer.Option(help="Content id, or path of the file")] = None, person: Annotated[Optional[str], typer.Option(help="Creator, user or annotator")] = None, tenant: Annotated[Optional[str], typer.Option()] = None,
-          again: Annotated[bool, typer.Option(help="Apply all tombstones again, as after a restored backup")] = False, dry_run: Dry = False, why: Why = "", runs: Annotated[str, typer.Option(help="Folder that holds everything")] = "runs"):
+          again: Annotated[bool, typer.Option(help="Apply all tombstones again, as after a restored backup")] = False, dry_run: Dry = False, why: Why = "", runs: Annotated[str, typer.Option(help="Folder that holds everything")] = "runs",
+          queue: Annotated[str, typer.Option(envvar="VIDEO_VLM_QUEUE", help="redis://... where servers keep their jobs, if not in their book")] = ""):
     """Erase a video, a person or a tenant everywhere below --runs: tombstone at once, hard delete, proof.
 
     Examples:  video-vlm erase --video clip.mp4 --dry-run   |   video-vlm erase --person ann@example.org --why "asked on Monday"   |   video-vlm erase --again
     """
     from video_vlm.flywheel import erase as run, house_erasure
-    whom = [(k, v) for k, v in (("video", video), ("person", person), ("tenant", tenant)) if v]
+    whom, extra = [(k, v) for k, v in (("video", video), ("person", person), ("tenant", tenant)) if v], ()
+    if queue: from video_vlm.redisjobs import redis_eraser; extra = (redis_eraser(queue),)
     if again and not whom:
-        done = house_erasure(runs).honour(why=why or "restored backup")
+        done = house_erasure(runs, extra).honour(why=why or "restored backup")
         return typer.echo(f"{len(done)} subjects were found again and removed" if done else "nothing of what was erased is here")
     if len(whom) != 1: raise VideoVLMError("erase whom? give one of --video, --person or --tenant (or --again alone)")
-    doc = run(*whom[0], runs=runs, why=why, dry_run=dry_run)
+    doc = run(*whom[0], runs=runs, why=why, dry_run=dry_run, extra=extra)
     places = doc["found"] if dry_run else doc["removed"]
     for name, what in places.items():
         if what: typer.echo(f"  {'would remove' if dry_run else 'removed'} {len(what)} from {name}")

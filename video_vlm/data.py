@@ -8,8 +8,8 @@ __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', '
            'probe', 'isolated', 'content_id', 'utc_now', 'Clip', 'Sample', 'atomic_write', 'save_samples',
            'load_samples', 'finish_stage', 'open_stage', 'nearest', 'read_small', 'parse_subtitles', 'iso',
            'public_address', 'fetch_url', 'IngestConfig', 'Source', 'chat', 'read_annotations', 'expand', 'examine',
-           'Journal', 'thread_map', 'ingest', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips',
-           'whisper', 'transcribe', 'datasheet']
+           'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows', 'erased', 'as_of',
+           'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe', 'datasheet']
 
 # %% ../nbs/00_data.ipynb #3a4c3924
 import atexit, csv, hashlib, importlib.util, itertools, json, os, pickle, re, signal, subprocess, sys, threading, time
@@ -1135,6 +1135,29 @@ def _counts(clips) -> dict:
     reasons = dict(Counter(c.reason for c in clips if c.reason))
     return dict(found=len(clips), clips=len(clips)-sum(reasons.values()), rejected=sum(reasons.values()), reasons=reasons, may_train=sum(c.may_train for c in clips))
 
+# %% ../nbs/00_data.ipynb #ffbc2169
+def label(kind, name)->str:
+    "The hash under which a name is kept where the name itself must not be."
+    return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()
+
+def tombstone_file(folder, name="erasure/tombstones.jsonl"):
+    "The list of what is erased that holds for a folder: of the nearest folder above it (or itself) that has one; None where none has."
+    here = Path(folder).resolve()
+    return next((d/name for d in (here, *here.parents) if (d/name).exists()), None)
+
+def tombstone_rows(path):
+    "Rows of such a list; a torn line is no tombstone."
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):
+        try: yield json.loads(line)
+        except ValueError: continue
+
+def erased(folder):
+    "`gone(id, creator) -> bool` for the clips of a folder, as its tombstones stand now."
+    f = tombstone_file(folder); rows = list(tombstone_rows(f)) if f else []
+    hashes, videos = {r["hash"] for r in rows}, {v for r in rows for v in r.get("videos", ())}
+    if not rows: return lambda id, creator="": False
+    return lambda id, creator="": id in videos or label("video", id) in hashes or bool(creator) and label("person", creator) in hashes
+
 # %% ../nbs/00_data.ipynb #22b4b29a
 def _known(items, day): return [o for o in items if o["known_at"] and o["known_at"][:len(day)] <= day]
 
@@ -1149,10 +1172,11 @@ def as_of(clips, day:str) -> list:
     return out
 
 def load_clips(folder, rejected:bool=False, day:str=None) -> list:
-    "The `Clip` rows of an ingest folder, with later texts (`add_text`); `rejected` includes those refused, `day` is an `as_of` date."
-    open_stage(folder); more = _more_text(folder)
+    "The `Clip` rows of an ingest folder, with later texts (`add_text`), without those erased; `rejected` includes those refused, `day` is an `as_of` date."
+    open_stage(folder); more, gone = _more_text(folder), erased(folder)
     clips = []
     for r in _rows(folder):
+        if gone(r["id"], r["creator"]): continue
         for t in more.get(r["id"], ()): r[t["kind"]] = r[t["kind"]] + [{k: t[k] for k in (("text", "by", "known_at") if t["kind"] == "captions" else ("start", "end", "text", "by", "known_at"))}]
         if rejected or not r["reason"]: clips.append(Clip(**r))
     return as_of(clips, day) if day else clips

@@ -523,25 +523,25 @@ def _dealt(folder, name, parts, rows):
     for f in files:
         f.close(); yield np.fromfile(f.name, np.uint64); os.unlink(f.name)
 
-_WEIGHT = np.uint64(16)     # bits of a weight; above them the second clip, above that the last 16 bits of the first
+_WEIGHT = np.uint64(16)     # bits of a weight; above them the second clip, above that the last `low` bits (at most 16) of the first
 
-def _pack_votes(lo, hi, w):
-    return ((lo & np.uint64(0xffff)) << (_OWNER+_WEIGHT)) | (hi << _WEIGHT) | (w*65535).astype(np.uint64), (lo >> np.uint64(16)).astype(np.uint16)
+def _pack_votes(lo, hi, w, low):
+    return ((lo & np.uint64((1 << low)-1)) << (_OWNER+_WEIGHT)) | (hi << _WEIGHT) | (w*65535).astype(np.uint64), (lo >> np.uint64(low)).astype(np.uint16)
 
-def _count_votes(packed, part, n, least):
+def _count_votes(packed, part, n, least, low):
     "(code, votes) of the pairs in one file that have at least `least` votes."
     packed.sort(); pair = packed >> _WEIGHT; cuts = np.flatnonzero(np.r_[True, pair[1:] != pair[:-1]]) if len(pair) else np.zeros(0, int)
     votes = np.add.reduceat(packed & np.uint64(0xffff), cuts)/65535 if len(cuts) else np.zeros(0); ok = votes >= least; pair = pair[cuts[ok]]
-    lo = (pair >> _OWNER) | np.uint64(part << 16)
+    lo = (pair >> _OWNER) | np.uint64(part << low)
     return lo*np.uint64(n) + (pair & ((np.uint64(1) << _OWNER)-np.uint64(1))), votes[ok].astype(np.float32)
 
-def candidates_on_disk(chunks, n:int, folder, cfg:DedupConfig=DedupConfig(), parts:int=16):
-    "As `candidates`, for an iterable of (keys, owner) too large for memory; `folder` takes words and votes for the time being."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+def candidates_on_disk(chunks, n:int, folder, cfg:DedupConfig=DedupConfig(), parts:int=0):
+    "As `candidates`, for an iterable of (keys, owner) too large for memory; `folder` takes words and votes for the time being. `parts`: files of words, 0: one for every 4,000 clips, 500 at most."
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); parts = parts or min(500, n//4000+1); low = min(16, max(12, n.bit_length()-8))
     deal = lambda keys, owner: ((keys << _OWNER) | owner.astype(np.uint64), ((_scramble(keys) >> np.uint64(40)) % np.uint64(parts)).astype(np.uint16))
     words = _dealt(folder, "words", parts, (deal(*c) for c in chunks))
-    votes = _dealt(folder, "votes", (n >> 16) + 1, (_pack_votes(*_votes(w, cfg.bucket)) for w in words))
-    return _elect(*(np.concatenate(x) for x in zip(*(_count_votes(v, p, n, cfg.min_votes-1e-3) for p, v in enumerate(votes)))), n, cfg)
+    votes = _dealt(folder, "votes", (n >> low) + 1, (_pack_votes(*_votes(w, cfg.bucket), low) for w in words))
+    return _elect(*(np.concatenate(x) for x in zip(*(_count_votes(v, p, n, cfg.min_votes-1e-3, low) for p, v in enumerate(votes)))), n, cfg)
 
 # %% ../nbs/01_dedup.ipynb #563ce440
 class _Union:
@@ -673,7 +673,7 @@ def _find(out, ids, cfg, block=20_000):
             some = ids[a:a+block]; keys, owner, flip = _words(some, out, cfg)
             for seg in old: pairs.update(tuple(sorted((some[i], seg[2][j]))) for i, j in lookup(keys, owner, seg, cfg)[0] if some[i] != seg[2][j])
             _write_segment(out, keys[~flip], owner[~flip], some); yield keys, owner+a
-    found = candidates_on_disk(blocks(), len(ids), Path(out)/"index"/"words", cfg, parts=max(1, len(ids)//40_000))[0]
+    found = candidates_on_disk(blocks(), len(ids), Path(out)/"index"/"words", cfg)[0]
     return sorted(pairs | {tuple(sorted((ids[i], ids[j]))) for i, j in found})
 
 def _compare_files(a, b, cfg): return {"a": a.split("/")[-1][:-4], "b": b.split("/")[-1][:-4], **asdict(compare(_load(a), _load(b), cfg))}

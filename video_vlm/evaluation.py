@@ -534,7 +534,7 @@ class Task:
     source:str="" # Where the items came from, with hash
 
 def task_from_samples(samples, name="qa", tasks=("qa",), media=None):
-    "Items from `Sample`s (meta: skill, answer, options, span). `media`: clip id -> path; a grounding sample's truth is its span."
+    "Items from `Sample`s (meta: skill, answer, options, span). `media`: clip id -> path, not needed where a sample names its file; a grounding sample's truth is its span."
     items = []
     for s in samples:
         if s.task not in tasks: continue
@@ -542,7 +542,7 @@ def task_from_samples(samples, name="qa", tasks=("qa",), media=None):
         clip = next((c["video"] for c in user if c["type"] == "video"), "")
         text, m = " ".join(c["text"] for c in user if c["type"] == "text").strip(), s.meta
         ground = s.task == "ground"
-        items.append(Item(s.id, clip, str((media or {}).get(clip, "")), text, "" if ground else m.get("answer", ""), tuple(m.get("options") or ()), m.get("skill", s.task),
+        items.append(Item(s.id, clip, str((media or {}).get(clip) or (clip if Path(clip).is_file() else "")), text, "" if ground else m.get("answer", ""), tuple(m.get("options") or ()), m.get("skill", s.task),
                           tuple(m.get("span") or ()), {k: v for k, v in (m.get("facts") or {}).items() if isinstance(v, (str, int, float, bool))} if isinstance(m.get("facts"), dict) else {}))
     if not items: raise EvaluationError(f"no samples of task {' or '.join(tasks)} among {len(list(samples))}")
     return Task(name, tuple(items))

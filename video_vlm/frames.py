@@ -33,7 +33,7 @@ class FramePlan:
     tokens_per_group:int = 16 # Visual tokens of a group
     def __post_init__(self):
         if not self.times: raise VideoVLMError("a plan needs at least one time")
-        if any(b < a for a, b in zip(self.times, self.times[1:])): raise VideoVLMError("plan times must ascend")
+        if sorted(self.times) != [*self.times]: raise VideoVLMError("plan times must ascend")
         if min(self.group, self.tokens_per_group, self.size) < 1: raise VideoVLMError("group, tokens_per_group and size must be 1 or more")
     @property
     def n_frames(self): return len(self.times)

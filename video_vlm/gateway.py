@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['BUCKETS', 'PANELS', 'SCHEMA', 'SUFFIX', 'UNSAFE', 'QUIET', 'ROUTES', 'GatewayConfig', 'check_config', 'ApiError',
-           'as_api_error', 'replace_paths', 'Metrics', 'span', 'begin_span', 'grafana_dashboard', 'Book', 'hash_key',
-           'make_key', 'list_keys', 'revoke_key', 'tenant_of', 'bill', 'usage_report', 'Media', 'MediaBox', 'keep_last',
-           'check_image', 'read_image', 'file_facts', 'Verdict', 'word_check', 'skin_check', 'Safety', 'run_check',
-           'cascade', 'llama_guard', 'load_safety', 'cascade_guard', 'VideoUrl', 'Segment', 'Part', 'Message',
-           'ChatRequest', 'parts_of_message', 'plain_messages', 'stops_of', 'texts_of', 'spoken_in', 'schema_of',
-           'Hooks', 'count_short', 'extension', 'Gateway', 'Prepared', 'SpannedEncoder', 'Answer', 'sse', 'Turn',
-           'Cancelled', 'sign', 'post_webhook', 'call_webhook', 'forget', 'sweep', 'Guard', 'Body', 'gw_metrics', 'log',
-           'error_response', 'create_app', 'who', 'body_of', 'chat_routes', 'unless_gone', 'state_routes', 'file_body',
-           'add_file', 'file_routes', 'upload_home', 'join_parts', 'drop_folder', 'json_body', 'upload_routes',
-           'IndexRequest', 'video_routes', 'is_loopback', 'listen', 'serve', 'ServerHandle', 'start_server', 'kill_all',
-           'last_words', 'serve_from', 'config_from']
+           'as_api_error', 'replace_paths', 'Metrics', 'span', 'begin_span', 'grafana_dashboard', 'Book', 'Jobs',
+           'hash_key', 'make_key', 'list_keys', 'revoke_key', 'tenant_of', 'bill', 'usage_report', 'Media', 'MediaBox',
+           'keep_last', 'check_image', 'read_image', 'file_facts', 'Verdict', 'word_check', 'skin_check', 'Safety',
+           'run_check', 'cascade', 'llama_guard', 'load_safety', 'cascade_guard', 'VideoUrl', 'Segment', 'Part',
+           'Message', 'ChatRequest', 'parts_of_message', 'plain_messages', 'stops_of', 'texts_of', 'spoken_in',
+           'schema_of', 'Hooks', 'count_short', 'extension', 'Gateway', 'Prepared', 'SpannedEncoder', 'Answer', 'sse',
+           'Turn', 'job_body', 'Cancelled', 'sign', 'post_webhook', 'call_webhook', 'forget', 'sweep', 'Guard', 'Body',
+           'gw_metrics', 'log', 'error_response', 'create_app', 'who', 'body_of', 'chat_routes', 'unless_gone',
+           'state_routes', 'file_body', 'add_file', 'file_routes', 'upload_home', 'join_parts', 'drop_folder',
+           'json_body', 'upload_routes', 'IndexRequest', 'video_routes', 'is_loopback', 'listen', 'serve',
+           'ServerHandle', 'start_server', 'kill_all', 'last_words', 'serve_from', 'config_from']
 
 # %% ../nbs/09a_gateway.ipynb #599e6f5c
 import asyncio, base64, binascii, contextvars, hashlib, hmac, importlib, inspect, json, os, re, secrets, signal, socket, sqlite3, sys, threading, time, uuid
@@ -37,6 +37,7 @@ from .data import Limits, MediaError, Probe, VideoVLMError, isolated, probe
 from .frames import Frames, read_frames_safely
 from .serving import BadRequest, EngineBusy, EngineConfig, EngineDown, Request, UnknownAdapter, Usage, load_encoder, make_engine
 from .store import TokenStore, file_id, token_key, visual_tokens
+from .tombstones import Erased, refuse_erased
 
 # %% ../nbs/09a_gateway.ipynb #3b4cb772
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class GatewayConfig:
     request_log:bool = True # Keep a request log for the flywheel; content only of requests that say `store`
     sinks:tuple = () # Where usage events go besides the book: jsonl:PATH, kafka:HOST:PORT/TOPIC
     safety:tuple = () # (name, value) pairs for `Safety`; functions as "module:function"
-    extensions:tuple = ("traffic", "lookup", "page") # Modules whose `extend(gateway)` adds routes and hooks; ours by their short names
+    queue:str = "" # Where jobs wait: empty is the book; redis://HOST:PORT/DB for several gateways
+    extensions:tuple = ("traffic", "lookup", "page", "redisjobs") # Modules whose `extend(gateway)` adds routes and hooks; ours by their short names
     def __post_init__(self): check_config(self)
 
 # %% ../nbs/09a_gateway.ipynb #caa9386f
@@ -102,6 +104,7 @@ def as_api_error(e:Exception) -> ApiError:
         return ApiError(400, f"{where}: {first['msg']}", "invalid_value", where)
     if isinstance(e, UnknownAdapter): return ApiError(404, str(e), "model_not_found", "model")
     if isinstance(e, EngineBusy): return ApiError(429, str(e), e.code, retry_after=1)
+    if isinstance(e, Erased): return ApiError(410, str(e), e.code, "messages")
     if isinstance(e, MemoryError): return ApiError(503, "out of memory; try again with fewer frames", "out_of_memory", retry_after=5)
     if isinstance(e, EngineDown): return ApiError(503, str(e), e.code, retry_after=5)
     if isinstance(e, BudgetError): return ApiError(400, str(e), "context_length_exceeded" if e.code in ("too_long", "text_too_long", "encoder_cache") else e.code, "messages", max_seconds=e.max_seconds)
@@ -216,6 +219,7 @@ class Book:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.lock, self.db = threading.RLock(), sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
         self.db.row_factory = sqlite3.Row
+        self.keyed = False # Whether there has ever been a key: the last one may be erased, but the door does not open by that
         self.db.execute("pragma journal_mode=wal"); self.db.execute("pragma synchronous=normal")
         self.db.executescript(SCHEMA)
     def run(self, sql, *args) -> list:
@@ -225,6 +229,34 @@ class Book:
         return rows[0] if rows else None
     def close(self):
         with self.lock: self.db.close()
+
+class Jobs:
+    "Indexing jobs as rows of the book. `redisjobs.RedisJobs` (notebook 09af) has the same methods for several gateways."
+    def __init__(self, book): self.book = book
+    def add(self, id, tenant, content, request, again=False, lost=False):
+        "A new job, or the one that there is: queued once more if it is `again` wanted after it failed or was cancelled, or if what it made is `lost`."
+        now = time.time()
+        self.book.run("insert or ignore into jobs(id, tenant, content, state, webhook, request, created, updated) values(?,?,?,'queued','',?,?,?)", id, tenant, content, request, now, now)
+        self.book.run("update jobs set state='queued', progress=0, error=null, updated=? where id=? and ((? and state in ('failed','cancelled')) or (state='done' and ?))", now, id, again, lost)
+    def get(self, id): return self.book.one("select * from jobs where id=?", id)
+    def of(self, tenant, n=200): return self.book.run("select * from jobs where tenant=? order by created desc limit ?", tenant, n)
+    def counts(self): return {r["state"]: r["n"] for r in self.book.run("select state, count(*) n from jobs group by state")}
+    def set(self, id, state, progress=0., error=None): self.book.run("update jobs set state=?, progress=?, error=?, updated=? where id=? and state!='cancelled'", state, progress, error, time.time(), id)
+    def cancel(self, id): self.book.run("update jobs set state='cancelled', updated=? where id=? and state in ('queued','running')", time.time(), id)
+    def hook(self, id, webhook=""): self.book.run("update jobs set webhook=? where id=?", webhook, id)
+    def drop(self, content, tenant): return len(self.book.run("delete from jobs where content=? and tenant=? returning id", content, tenant))
+    def take(self):
+        "The oldest queued job, running from now on; None where none waits."
+        with self.book.lock:
+            row = self.book.one("select * from jobs where state='queued' order by created limit 1")
+            if row: self.book.run("update jobs set state='running', tries=tries+1, updated=? where id=?", time.time(), row["id"])
+        return row
+    def recover(self):
+        "Put right what a killed process left; returns the jobs whose webhook is still to be called."
+        self.book.run("update jobs set state='failed', error='the server stopped three times while this video was read' where state='running' and tries>=3")
+        self.book.run("update jobs set state='queued' where state='running'")
+        return self.book.run("select * from jobs where webhook!='' and state in ('done','failed') and updated>?", time.time()-86400)
+    def close(self): pass
 
 # %% ../nbs/09a_gateway.ipynb #b8b35819
 def hash_key(key:str) -> str: return hashlib.sha256(b"video_vlm key\0"+key.encode()).hexdigest()
@@ -247,7 +279,8 @@ def revoke_key(book:Book, key:str):
 
 def tenant_of(book:Book, header:str|None) -> str:
     "Who an Authorization header belongs to; raises `ApiError` 401. Without any key in the book everybody is `local`."
-    if book.one("select 1 from keys limit 1") is None: return "local"
+    book.keyed = book.keyed or book.one("select 1 from keys limit 1") is not None
+    if not book.keyed: return "local"
     key = header[7:].strip() if header and header[:7].lower() == "bearer " else ""
     row = book.one("select tenant from keys where hash=? and revoked is null", hash_key(key)) if key else None
     if row is None: raise ApiError(401, "the API key is missing or wrong: send `Authorization: Bearer KEY`", "invalid_api_key")
@@ -601,6 +634,7 @@ class Gateway:
         self.spanned, self.loop = SpannedEncoder(self.encoder), None
         self.folder = folder = Path(cfg.folder)
         self.book, self.store = Book(folder/"gateway.db"), TokenStore(cfg.store or folder/"tokens")
+        self.queue = Jobs(self.book)
         self.box = MediaBox(folder/"media", self.book, cfg)
         self.pool, self.lookers = ThreadPoolExecutor(cfg.media_workers, "media"), ThreadPoolExecutor(1, "safety")
         self.waiting, self.live, self.recent, self.looking, self.look_lock, self.verdicts, self.closing = 0, {}, {}, {}, threading.Lock(), OrderedDict(), False
@@ -628,7 +662,7 @@ class Gateway:
         if not self.engine.ready: raise EngineDown("the engine is starting; try again in a few seconds")
         if self.engine.running >= self.engine.cfg.max_queue: raise EngineBusy(f"{self.engine.running} requests are waiting or running")
 
-    def job_counts(self) -> dict: return {r["state"]: r["n"] for r in self.book.run("select state, count(*) n from jobs group by state")}
+    def job_counts(self) -> dict: return self.queue.counts()
 
 # %% ../nbs/09a_gateway.ipynb #a2795e3a
 @dataclass
@@ -673,6 +707,7 @@ async def _prepare(self, chat:ChatRequest, tenant:str, id:str) -> Prepared:
     try:
         media = [self.box.known(p["url"], p["type"], tenant) for p in parts]
         if None in media: media = await asyncio.gather(*[self.in_pool(self.box.get, p["url"], p["type"], tenant) for p in parts])
+        for m in media: refuse_erased(self.folder, m.content, tenant=tenant)
         for p, m in zip(parts, media): p[p["type"]] = p.pop("url") if m.kind == "image" else m.content
         reserve = chat.max_completion_tokens or chat.max_tokens or self.cfg.max_tokens
         wish = BudgetRequest(messages, {m.content: m.probe for m in media if m.kind == "video"}, chat.fps, chat.max_frames, chat.start, chat.end)
@@ -937,18 +972,21 @@ def _submit(self, m:Media, plan, tenant:str, webhook:dict|None=None, again:bool=
     "The job that indexes a video under a plan: a new one, or the one that there is. `again` repeats one that failed or was cancelled."
     want = json.dumps(dict(path=m.path, kind=m.kind, plan=asdict(plan)))
     key = token_key(m.content, plan, self.encoder.fingerprint, tenant)
-    id, now = f"vid-{key[:24]}", time.time()
-    self.book.run("insert or ignore into jobs(id, tenant, content, state, webhook, request, created, updated) values(?,?,?,'queued','',?,?,?)", id, tenant, m.content, want, now, now)
-    self.book.run("update jobs set state='queued', progress=0, error=null, updated=? where id=? and ((? and state in ('failed','cancelled')) or (state='done' and ?))", now, id, again, not self.store.path(key).exists())
+    id = f"vid-{key[:24]}"
+    self.queue.add(id, tenant, m.content, want, again, lost=not self.store.path(key).exists())
+    if webhook: self.queue.hook(id, json.dumps(webhook))
     self.work.set()
-    if webhook: self.book.run("update jobs set webhook=? where id=?", json.dumps(webhook), id)
     job = self.job(id, tenant)
     if webhook and job["status"] == "done": threading.Thread(target=self.call_webhook, args=(id, tenant), daemon=True).start() # nobody else will tell
     return job
 
 def _job(self, id:str, tenant:str) -> dict:
-    r = self.book.one("select * from jobs where id=? and tenant=?", id, tenant)
-    if r is None: raise ApiError(404, f"there is no job {id!r}", "missing")
+    r = self.queue.get(id)
+    if r is None or r["tenant"] != tenant: raise ApiError(404, f"there is no job {id!r}", "missing")
+    return job_body(r)
+
+def job_body(r) -> dict:
+    "A job as clients see it."
     return dict(id=r["id"], object="video.job", status=r["state"], progress=r["progress"], video=r["content"], error=r["error"], created_at=int(r["created"]))
 
 Gateway.submit, Gateway.job = _submit, _job
@@ -961,37 +999,32 @@ class Cancelled(VideoVLMError):
 def _run_job(self, row:dict):
     "Index one video; every step is safe to repeat."
     from video_vlm.frames import FramePlan
-    set_ = lambda state, progress, error=None: self.book.run("update jobs set state=?, progress=?, error=?, updated=? where id=? and state!='cancelled'", state, progress, error, time.time(), row["id"])
     def progress(share):
         if self.closing or self.job(row["id"], row["tenant"])["status"] == "cancelled": raise Cancelled("cancelled")
-        set_("running", share)
+        self.queue.set(row["id"], "running", share)
     try:
         d = json.loads(row["request"]); plan = FramePlan(**{**d["plan"], "times": tuple(d["plan"]["times"])})
         self.tokens_of(Media(row["content"], d["path"], d["kind"]), plan, row["tenant"], progress, tell=True)
-        set_("done", 1.)
+        self.queue.set(row["id"], "done", 1.)
     except Exception as e:
         if self.closing: return # the next start takes it up again
-        set_("failed", 0., str(as_api_error(e))[:300])
+        self.queue.set(row["id"], "failed", 0., str(as_api_error(e))[:300])
     threading.Thread(target=self.call_webhook, args=(row["id"], row["tenant"]), daemon=True).start()
-
-def _next_job(self):
-    with self.book.lock:
-        row = self.book.one("select * from jobs where state='queued' order by created limit 1")
-        if row: self.book.run("update jobs set state='running', tries=tries+1, updated=? where id=?", time.time(), row["id"])
-    return row
 
 # %% ../nbs/09a_gateway.ipynb #4ad254da
 def _job_loop(self):
     "The jobs' own thread, at the lowest priority of the machine: short requests come first."
     with suppress(OSError, AttributeError): os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
-    self.book.run("update jobs set state='failed', error='the server stopped three times while this video was read' where state='running' and tries>=3")
-    self.book.run("update jobs set state='queued' where state='running'") # left by a process that was killed
-    for r in self.book.run("select id, tenant from jobs where webhook!='' and state in ('done','failed') and updated>?", time.time()-86400):
-        threading.Thread(target=self.call_webhook, args=(r["id"], r["tenant"]), daemon=True).start()
+    untold = None
     while not self.closing:
-        with suppress(sqlite3.ProgrammingError): # the book is closed: we are closing
-            if (row := _next_job(self)) is None: self.work.wait(1.); self.work.clear()
+        try:
+            if untold is None:
+                untold = self.queue.recover()
+                for r in untold: threading.Thread(target=self.call_webhook, args=(r["id"], r["tenant"]), daemon=True).start()
+            if (row := self.queue.take()) is None: self.work.wait(1.); self.work.clear()
             else: _run_job(self, row)
+        except sqlite3.ProgrammingError: pass # the book is closed: we are closing
+        except Exception as e: log(error=f"the job queue: {type(e).__name__}: {str(e)[:200]}"); time.sleep(1.) # a queue on another machine may be away for a while
 
 Gateway.job_loop = _job_loop
 
@@ -1017,10 +1050,10 @@ def call_webhook(self, id:str, tenant:str, waits=(0, 1, 10, 60)) -> bool:
     with suppress(sqlite3.ProgrammingError): # the book is closed: the next start tells
         for wait in waits:
             time.sleep(wait)
-            row = None if self.closing else self.book.one("select webhook from jobs where id=? and state in ('done','failed','cancelled')", id)
-            if not row or not row["webhook"]: return False
-            if post_webhook(json.loads(row["webhook"]), json.dumps(self.job(id, tenant)).encode(), self.cfg.allow_hosts):
-                self.book.run("update jobs set webhook='' where id=?", id)
+            row = None if self.closing else self.queue.get(id)
+            if not row or not row["webhook"] or row["state"] not in ("done", "failed", "cancelled"): return False
+            if post_webhook(json.loads(row["webhook"]), json.dumps(job_body(row)).encode(), self.cfg.allow_hosts):
+                self.queue.hook(id)
                 return True
     return False
 
@@ -1030,10 +1063,10 @@ Gateway.call_webhook = call_webhook
 def forget(self, content:str, tenant:str) -> dict:
     "Erase a content for a tenant; returns what went. Blocking."
     self.book.run("delete from files where content=? and tenant=?", content, tenant)
-    jobs = self.book.run("delete from jobs where content=? and tenant=? returning id", content, tenant)
+    jobs = self.queue.drop(content, tenant)
     self.verdicts.clear()
     for table in ("verdicts", "said"): self.book.run(f"delete from {table} where content=? and tenant=?", content, tenant)
-    out = dict(tokens=self.store.erase(content, tenant), jobs=len(jobs), files=0)
+    out = dict(tokens=self.store.erase(content, tenant), jobs=jobs, files=0)
     for f in self.hooks.forget: out.update(f(content, tenant))
     if self.book.one("select 1 from files where content=?", content) is None:
         self.book.run("delete from media where content=?", content)
@@ -1070,7 +1103,7 @@ async def _close(self):
     await self.engine.stop()
     for pool in (self.pool, self.lookers): pool.shutdown(wait=False, cancel_futures=True)
     await asyncio.to_thread(self.jobs.join, 2.)
-    self.book.close()
+    self.queue.close(); self.book.close()
 
 def sweep(folder:Path, older_s:float=86400.):
     "Remove temporary files and uploads that nobody has finished for a day."
@@ -1272,6 +1305,8 @@ def file_body(r) -> dict: return dict(id=r["id"], object="file", bytes=r["bytes"
 def add_file(gw, temp:Path, name:str, purpose:str, tenant:str) -> dict:
     "Take a finished upload into the box; `MediaError` if it is no video and no image. Blocking."
     size, suffix = temp.stat().st_size, Path(name).suffix.lower() if SUFFIX.search(name) else ""
+    try: refuse_erased(gw.folder, file_id(temp), tenant=tenant)
+    except Erased: temp.unlink(); raise
     content, path = gw.box.keep(temp, suffix)
     try: gw.box.facts(content, path)
     except MediaError:
@@ -1429,7 +1464,7 @@ def video_routes(app, gw):
     @app.get("/v1/videos")
     async def jobs(request: HttpRequest):
         t = who(gw, request)
-        return dict(object="list", data=[gw.job(r["id"], t) for r in gw.book.run("select id from jobs where tenant=? order by created desc limit 200", t)])
+        return dict(object="list", data=[job_body(r) for r in gw.queue.of(t)])
 
     @app.get("/v1/videos/{id}")
     async def job(id: str, request: HttpRequest): return gw.job(id, who(gw, request))
@@ -1438,7 +1473,7 @@ def video_routes(app, gw):
     async def cancel(id: str, request: HttpRequest):
         "Cancel a job that has not ended; its tokens, if any, stay."
         tenant = who(gw, request); gw.job(id, tenant)
-        gw.book.run("update jobs set state='cancelled', updated=? where id=? and state in ('queued','running')", time.time(), id)
+        gw.queue.cancel(id)
         return gw.job(id, tenant)
 
 ROUTES.append(video_routes)

@@ -16,16 +16,18 @@ from .frames import plan_frames, read_frames_safely
 from .store import TokenStore, visual_tokens
 
 # %% ../nbs/03b_scale.ipynb #690c6620
-def start_ray(address:str=None, **kw):
-    "The module `ray`, connected to a cluster (`address` or RAY_ADDRESS) or to one that is started on this machine; raises `VideoVLMError` where ray is missing."
+def start_ray(address:str=None, tries:int=3, **kw):
+    "The module `ray`, connected to a cluster (`address` or RAY_ADDRESS) or to one that is started on this machine, in `tries` attempts; raises `VideoVLMError`."
     try: import ray
     except ImportError: raise VideoVLMError("ray is not installed: pip install 'video_vlm[scale]'") from None
     if ray.is_initialized(): return ray
     address = address or os.environ.get("RAY_ADDRESS")
     if not address: kw = {**dict(include_dashboard=False, num_cpus=os.cpu_count()), **kw}
-    try: ray.init(address=address, log_to_driver=False, configure_logging=False, **kw)
-    except (ConnectionError, ValueError, RuntimeError) as e: raise VideoVLMError(f"no Ray cluster at {address or 'this machine'}: {str(e).splitlines()[0]}") from None
-    return ray
+    for left in reversed(range(1 if address else tries)):
+        try: ray.init(address=address, log_to_driver=False, configure_logging=False, **kw); return ray
+        except Exception as e:      # plain `Exception` where the raylet or its helpers were slow
+            ray.shutdown()
+            if not left: raise VideoVLMError(f"no Ray cluster at {address or 'this machine'}: {str(e).splitlines()[0]}") from None
 
 # %% ../nbs/03b_scale.ipynb #9d365973
 def _call(fn, item): return fn(item)
@@ -59,13 +61,19 @@ def _encoder(folder, device=None):
     return VideoEncoder.from_pretrained(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 def _encode_one(clip, encoder, store, plan) -> dict:
-    enc = _encoder(encoder); row = dict(id=clip.id, key="", tokens=0, reason="")
-    try: vt = visual_tokens(clip, plan_frames(clip, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group, **plan), enc, TokenStore(store), read=read_frames_safely)
+    enc = _encoder(encoder); row = dict(id=clip.id, key="", tokens=0, reason="", backend="", why="")
+    def read(*a, **k): f = read_frames_safely(*a, **k); row.update(backend=f.backend, why=f.reason); return f
+    try: vt = visual_tokens(clip, plan_frames(clip, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group, **plan), enc, TokenStore(store), read=read)
     except VideoVLMError as e: return {**row, "reason": e.code}
     return {**row, "key": vt.key, "tokens": vt.n_tokens}
 
+def _read_before(path) -> dict:
+    "Who decoded each clip, by the last run: what lies in the store is not decoded again."
+    import pyarrow.parquet as pq
+    return {r["id"]: {k: r[k] for k in ("backend", "why")} for r in pq.read_table(path).to_pylist() if r.get("backend")} if path.exists() else {}
+
 def encode_clips(stage_folder, encoder_folder, out, engine=None, progress:bool=True, workers:int=1, **plan) -> Path:
-    """Visual tokens of every clip of an ingest folder, in the store `out/tokens`; writes `tokens.parquet` (id, key, tokens, reason) and returns `out`.
+    """Visual tokens of every clip of an ingest folder, in the store `out/tokens`; writes `tokens.parquet` (id, key, tokens, reason, and which backend decoded it and why) and returns `out`.
 
     `plan`: fps, max_frames, policy ... of `plan_frames`. Run again, what is in the store is not encoded again.
     """
@@ -76,7 +84,8 @@ def encode_clips(stage_folder, encoder_folder, out, engine=None, progress:bool=T
     work = partial(_encode_one, encoder=str(encoder_folder), store=str(out/"tokens"), plan=plan)
     for c, r in tqdm((engine or partial(thread_map, workers=workers))(work, clips), total=len(clips), desc="encode", unit="clip", disable=not progress):
         rows.append(r if isinstance(r, dict) else dict(id=c.id, key="", tokens=0, reason="crashed"))
-    rows.sort(key=lambda r: r["id"]); schema = pa.schema([("id", pa.string()), ("key", pa.string()), ("tokens", pa.int64()), ("reason", pa.string())])
+    before = _read_before(out/"tokens.parquet"); rows = [{**r, **({} if r.get("backend") else before.get(r["id"], {}))} for r in sorted(rows, key=lambda r: r["id"])]
+    schema = pa.schema([(k, pa.int64() if k == "tokens" else pa.string()) for k in ("id", "key", "tokens", "reason", "backend", "why")])
     with atomic_write(out/"tokens.parquet", "wb") as f: pq.write_table(pa.Table.from_pylist(rows, schema=schema), f)
     return finish_stage(out, dict(ingest=stage_folder), dict(clips=len(rows), tokens=sum(r["tokens"] for r in rows), failed=sum(bool(r["reason"]) for r in rows)))
 

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from .data import VideoVLMError
 from .encoder import VisualTokens, clip_vector
+from .tombstones import standing
 
 # %% ../nbs/06_search.ipynb #cee92cf0
 class SearchError(VideoVLMError): "A search or an index that cannot be done as asked."
@@ -258,7 +259,7 @@ def search(index, text=None, vector=None, k=10, tenant="", said=None, **filters)
     n = k if len(asked)+(vector is not None)+(said is not None) == 1 else max(k, index.cfg.candidates)
     rankings = [index.by_words(t, n, where) for t in asked]
     rankings += [index.by_vector(v, n, where, c) for v, c in ((vector, "vector"), (said, "text_vector")) if v is not None]
-    return (rankings[0] if len(rankings) == 1 else fuse(rankings))[:k]
+    return standing(rankings[0] if len(rankings) == 1 else fuse(rankings), index.folder, video=lambda h: h.clip)[:k]
 
 # %% ../nbs/06_search.ipynb #5aa25470
 def one_a_clip(hits):

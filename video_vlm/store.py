@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPROCESSING', 'DTYPES', 'token_key', 'quantise', 'dequantise', 'int8_error', 'DamagedEntry', 'checksum', 'pack',
-           'label', 'read_header', 'unpack', 'TokenStore', 'Ledger', 'file_id', 'source_of', 'make_tokens',
-           'visual_tokens']
+           'read_header', 'unpack', 'TokenStore', 'Ledger', 'file_id', 'source_of', 'make_tokens', 'visual_tokens']
 
 # %% ../nbs/03a_store.ipynb #5419d9a9
 import hashlib, json, math, os, re, threading, time, uuid, weakref
@@ -19,7 +18,8 @@ import xxhash
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from safetensors.numpy import save
-from .data import VideoVLMError, content_id as hash_file
+from .tombstones import refuse_erased
+from .data import VideoVLMError, content_id as hash_file, label
 from .encoder import VisualTokens
 from .frames import read_frames
 
@@ -84,10 +84,6 @@ def pack(vt:VisualTokens, content_id:str="", tenant:str="", int8:bool=False)->by
     if int8 and np.isfinite(arrays["tokens"]).all(): arrays["tokens"], arrays["scale"], arrays["dims"] = quantise(arrays["tokens"])
     meta = dict(format="video_vlm.tokens/1", key=vt.key, content=label("content", content_id), tenant=label("tenant", tenant))
     return save(arrays, {**meta, "checksum": checksum(arrays, meta)})
-
-def label(kind, name)->str:
-    "A file name for any content id or tenant: a hash, so that no name can point elsewhere."
-    return hashlib.sha256(f"{kind}\0{name}".encode()).hexdigest()
 
 # %% ../nbs/03a_store.ipynb #c18c4e56
 DTYPES = dict(F16=np.float16, F32=np.float32, F64=np.float64, I8=np.int8)
@@ -376,9 +372,10 @@ def visual_tokens(clip, # A `Clip` or a path
                   tenant:str="", # Scope of sharing
                   read=read_frames # For files from strangers: `read_frames_safely`
                  )->VisualTokens:
-    "Visual tokens of a clip under a plan: the one path of training, evaluation, search and serving."
+    "Visual tokens of a clip under a plan: the one path of training, evaluation, search and serving. Raises `Erased` for what is under a tombstone of the store."
     if plan.size != encoder.size: raise VideoVLMError(f"the plan is for frames of {plan.size} pixels, the encoder takes {encoder.size}")
     path, cid = source_of(clip)
+    if store is not None: refuse_erased(store.folder, video=cid, person=getattr(clip, "creator", None) or None, tenant=tenant or None)
     key = token_key(cid, plan, encoder.fingerprint, tenant)
     make = lambda: make_tokens(path, cid, plan, encoder, key, read, store.count if store is not None else lambda what: None)
     return make() if store is None else store.get_or_encode(key, make, cid, tenant)

@@ -169,19 +169,19 @@ def _clip_words(n, a, b, cfg, mirror=True):
     kinds = [pick_words(hash_words(x.ravel()).reshape(len(h), -1), cfg.words) for x in ((h, h ^ MIRROR) if mirror else (h,))] + [w]
     return np.concatenate([k.ravel() for k in kinds]), np.concatenate([np.repeat(np.arange(a, b), k.shape[1]) for k in kinds])
 
-def _chunks(n, cfg, size=20000):
+def _chunks(n, cfg, size=5000):
     for a in range(0, n, size): yield _clip_words(n, a, min(n, a+size), cfg)
 
 def scale_run(n, cfg:DedupConfig=DedupConfig()) -> dict:
     "Seconds (by the clock and of the processor), candidates and quality of one collection of `n` synthetic signatures."
     t, cpu = time.time(), time.process_time()
-    with tempfile.TemporaryDirectory() as d: pairs, _ = candidates_on_disk(_chunks(n, cfg), n, d, cfg, parts=max(1, n//40000))
-    found = time.process_time()-cpu; hashes = np.concatenate([synthetic(n, a, min(n, a+50000))[0] for a in range(0, n, 50000)]); links = []
-    for a in range(0, len(pairs), 20000):
-        p = pairs[a:a+20000]; d = align_hashes(hashes[p[:, 0]], hashes[p[:, 1]])
+    with tempfile.TemporaryDirectory() as d: pairs, _ = candidates_on_disk(_chunks(n, cfg), n, d, cfg)
+    found = time.process_time()-cpu; hashes = np.concatenate([synthetic(n, a, min(n, a+5000))[0] for a in range(0, n, 5000)]); links = []
+    for a in range(0, len(pairs), 5000):
+        p = pairs[a:a+5000]; d = align_hashes(hashes[p[:, 0]], hashes[p[:, 1]])
         links += [(int(i), int(j), 1-x/64) for (i, j), x in zip(p, d) if x <= 16]
     group, _ = cluster(n, links, .7); seconds, cpu = time.time()-t, time.process_time()-cpu
-    ids = np.arange(n); of = np.concatenate([synthetic(n, a, min(n, a+50000))[2] for a in range(0, n, 50000)]); true = ids[of >= 0]; g = np.array(group)
+    ids = np.arange(n); of = np.concatenate([synthetic(n, a, min(n, a+5000))[2] for a in range(0, n, 5000)]); true = ids[of >= 0]; g = np.array(group)
     return dict(n=n, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1), index_cpu_seconds=round(found, 1), candidates=len(pairs), links=len(links), recall=ratio(int((g[true] == g[of[true]]).sum()), len(true)),
                 wrong=int(len(links)-sum(of[j] == i or of[i] == j or (of[i] == of[j] >= 0) for i, j, _ in links)))
 
