@@ -450,5 +450,5 @@ def make_checkpoint(out="runs/pretrain", cfg=PretrainConfig()):
 def checkpoint_folder(preset="tiny"):
     "Folder of the checkpoint of a preset that comes with the package."
     folder = Path(__file__).parent/"checkpoints"/preset
-    if not (folder/"config.json").exists(): raise VideoVLMError(f"the checkpoint {folder} is missing: install the whole repository, or make it with `make checkpoint`")
+    if not any((folder/f).exists() for f in ("config.json", "video_vlm.json")): raise VideoVLMError(f"the checkpoint {folder} is missing: install the whole repository, or make it with `make checkpoint`")
     return folder
