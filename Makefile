@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow docs readme notebooks lint sync hooks bench checkpoint constraints clean
+.PHONY: help env demo test test-slow docs readme notebooks lint sync hooks bench checkpoint smol constraints clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,3 +59,6 @@ clean: ## Remove built pages and caches (never .venv, never runs)
 
 checkpoint: env ## Train the small checkpoint again from nothing (hours; can be killed and started again)
 	@$(PY) -c "from video_vlm.pretrain import make_checkpoint; print(make_checkpoint())"
+
+smol: env ## Train the preset smol: SmolLM2-135M reads the small tower's tokens (hours; can be killed and started again)
+	@$(PY) -c "import shutil; from video_vlm.smol import make_smol; print(shutil.copytree(make_smol(), 'video_vlm/checkpoints/smol', dirs_exist_ok=True))"

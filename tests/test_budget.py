@@ -177,6 +177,25 @@ def test_model_counts_alike():
         assert len(model.encode_chat(tok, kept, list(plans), add_generation_prompt=True).ids) == receipt.prompt
         assert receipt.prompt <= context-32 and (receipt.audio > 0) == (not receipt.dropped)
 
+pieces = st.text(st.sampled_from("ab7Z .,:'s\n\t\r é中\u3000\x1c\x85\u0301"), max_size=6) | st.sampled_from(["red ", "the\n", "12.5s: ", " is'll", " \n", "<|im_end|>", "<|video|> "])
+@settings(max_examples=300, deadline=None)
+@given(st.lists(pieces, max_size=10).map("".join))
+def test_words_count_like_the_whole(text):
+    "A text counted word by word has as many tokens as the tokenizer gives it, with the tokenizer of the preset and one that puts a space first."
+    from transformers import AutoTokenizer
+    from video_vlm.budget import counts_by_word
+    from video_vlm.pretrain import checkpoint_folder
+    tok = _loaded.get("tok") or _loaded.setdefault("tok", AutoTokenizer.from_pretrained(checkpoint_folder("tiny")))
+    count = _loaded.get("count") or _loaded.setdefault("count", count_with(tok))
+    assert count(text) == len(tok(text, add_special_tokens=False).input_ids)
+    if "by_word" not in _loaded:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        prefixed = Tokenizer(models.BPE()); prefixed.pre_tokenizer = pre_tokenizers.Metaspace()
+        _loaded["by_word"] = (counts_by_word(tok.backend_tokenizer), counts_by_word(prefixed))
+    assert _loaded["by_word"] == (True, False)
+
+_loaded = {}
+
 @pytest.mark.slow
 def test_a_hundred_thousand():
     from video_vlm.bench.budget import run

@@ -108,3 +108,10 @@ def test_half_precision_is_close():
     e = make("mean"); x, p = frames(4), plan(4)
     assert np.abs(e.encode(x, p).astype(float)-e.encode(x, p, precision="bf16").astype(float)).max() < .1
     with pytest.raises(VideoVLMError, match="at least one"): e.encode(frames(0), p)
+
+def test_compiled_is_the_same():
+    "torch.compile traces the encoder (here without a C++ compiler: the graph is run as it is)."
+    e, x, p = make("mix"), frames(5), plan(5)
+    plain = e.encode(x, p)
+    e.compile(backend="eager")
+    np.testing.assert_allclose(e.encode(x, p), plain, atol=1e-3)

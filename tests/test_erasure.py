@@ -216,3 +216,15 @@ def test_a_leak_planted_in_every_store_of_the_house_is_found(tmp_path):
         plant(); assert set(job.verify(s)) == {names[store]}, store
         assert job.honour() and not job.verify(s), store
     assert len(Index(tmp_path/"ix", "f"*64, 4)) == 1
+
+def test_books_and_registries_are_found_wherever_they_are_below(tmp_path):
+    "`--runs /var/lib/video-vlm` (the server's folder itself) and the registry of another run: nothing has to lie where the defaults say."
+    from video_vlm.gateway import Book
+    from video_vlm.release import Registry
+    runs, gone = tmp_path/"srv", "a"*64
+    book = Book(runs/"gateway.db"); book.run("insert into jobs(id, tenant, content, state, request) values('j','t',?,'done','{}')", gone); book.run("insert into media values(?,'','{}',0)", gone); book.close()
+    (runs/"media/aa").mkdir(parents=True); (runs/"media/aa"/f"{gone}.mp4").write_bytes(b"v"); (tmp_path/"ck").mkdir(); (tmp_path/"ck/w").write_text("w")
+    reg = Registry(runs/"flywheel/registry", "flywheel"); v = reg.register(tmp_path/"ck", notes=f"fails on {gone}"); reg.promote(v, force=True, why="first") if not reg.state()["live"] else None; before = reg.state()
+    assert F.erase("video", gone, runs=runs)["verified"] and not (runs/"media/aa"/f"{gone}.mp4").exists()
+    assert Registry(runs/"flywheel/registry", "flywheel").state() == before and reg.get(v)["notes"] == "fails on [erased]"
+    assert not [p for p in runs.rglob("*") if p.is_file() and not p.is_relative_to(runs/"erasure") and F.bytes_mention(p, [gone])]

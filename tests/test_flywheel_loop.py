@@ -17,6 +17,13 @@ def test_promises_are_read_from_the_report_not_assumed():
     r = dict(mine=dict(lift=4., base_rate=.1), good=dict(slices=[s, colour], blocked=True), spoilt=dict(blocked=False, reasons=[]), parity=dict(differ=1, planted_found=True, sampled=3))
     assert not any(held for _, held, _ in L.promises(r)) and L.summary_table(r).count("NOT") == 7
 
+def test_what_people_settled_is_asked_on_every_visit():
+    from video_vlm.data import Sample
+    mk = lambda id, source: Sample(id, [dict(role="user", content=[dict(type="video", video="clip"), dict(type="text", text="?")])], source)
+    people, facts = [mk(f"p{i}", "flywheel") for i in range(2)], [mk(f"f{i}", "world") for i in range(20)]
+    mixed = L.asked_always([*facts[:9], *people, *facts[9:]]); assert mixed[:2] == people and len(mixed) == 8 and len({s.id for s in mixed}) == 8 and mixed == L.asked_always([*facts[:9], *people, *facts[9:]])
+    assert L.asked_always(facts) == facts and L.asked_always(people) == people and len(L.asked_always(people*5+facts)) == 10      # replay is left alone; nothing that people said is dropped
+
 @pytest.mark.slow
 def test_one_small_turn_killed_and_taken_up_again(tmp_path):
     cfg = L.small(out=str(tmp_path/"loop"), seed=5); quiet = lambda *a, **k: None

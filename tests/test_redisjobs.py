@@ -17,8 +17,12 @@ def url(tmp_path_factory):
     p = [start()]
     def up():
         for _ in range(200):
-            try: socket.create_connection(("127.0.0.1", port), 1).close(); return
-            except OSError: time.sleep(.05)
+            try:
+                with socket.create_connection(("127.0.0.1", port), 1) as c:
+                    c.sendall(b"PING\r\n")
+                    if c.recv(16).startswith(b"+PONG"): return                              # and not: loading
+            except OSError: pass
+            time.sleep(.05)
     def again(): p[0].kill(); p[0].wait(); p[0] = start(); up()
     up(); SERVER["again"] = again
     yield f"redis://127.0.0.1:{port}/0"
@@ -72,6 +76,7 @@ def test_erasure_finds_what_the_queue_holds(url):
     t = Subject("tenant", "other"); assert e.find(t, []) == ["3"] and e.owns(t) == {"c" * 64}
     h.close()
 
+@pytest.mark.slow
 def test_a_gateway_indexes_from_redis(url, tmp_path):
     import httpx
     from test_gateway import House

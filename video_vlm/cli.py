@@ -222,6 +222,7 @@ def filter_(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote"
     Example:  video-vlm filter runs/mine/00_ingest --out runs/mine/00b_filters --rule sharpness=20: --rule duration=1:60
     """
     from video_vlm.filters import FilterConfig, filter_clips, funnel_report, siglip_agreement
+    if odd := [l for l in language or () if not (l.isalpha() and l.islower() and len(l) in (2, 3))]: raise VideoVLMError(f"--language {odd[0]}: expected a code such as en or de")
     cfg = FilterConfig(**(dict(languages=tuple(language)) if language else {})).with_rules(**dict(map(rule_of, rule or ())))
     folder = filter_clips(existing(stage, "ingest folder"), out, cfg, agreement=siglip_agreement(agreement) if agreement else None)
     for r in json.loads((folder/"funnel.json").read_text()): typer.echo(f"{r['filter']:12} -{r['lost']:<6} {r['left']} left")
@@ -238,8 +239,9 @@ def clips(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
     from dataclasses import asdict
     from video_vlm.data import load_clips
     if as_of and not re.fullmatch(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01]))?)?", as_of): raise VideoVLMError(f"--as-of {as_of}: expected an ISO date such as 2025-12-31")
-    for c in load_clips(existing(stage, "ingest folder"), rejected=rejected, day=as_of):
-        if c.may_train or not training: typer.echo(json.dumps(asdict(c), ensure_ascii=False))
+    found = [c for c in load_clips(existing(stage, "ingest folder"), rejected=rejected, day=as_of) if c.may_train or not training]
+    for c in found: typer.echo(json.dumps(asdict(c), ensure_ascii=False))
+    if not found: typer.echo("video-vlm: no clip" + (f" was collected by {as_of}" if as_of else "") + (" may train" if training and not as_of else ""), err=True)
 
 # %% ../nbs/09b_cli.ipynb #2afed982
 @app.command()

@@ -1142,8 +1142,12 @@ def label(kind, name)->str:
 
 def tombstone_file(folder, name="erasure/tombstones.jsonl"):
     "The list of what is erased that holds for a folder: of the nearest folder above it (or itself) that has one; None where none has."
+    return next((Path(p) for p in _places(os.path.abspath(folder), name) if os.path.exists(p)), None)
+
+@lru_cache(256)
+def _places(folder, name):
     here = Path(folder).resolve()
-    return next((d/name for d in (here, *here.parents) if (d/name).exists()), None)
+    return [str(d/name) for d in (here, *here.parents)] # remembered: a server asks at every request
 
 def tombstone_rows(path):
     "Rows of such a list; a torn line is no tombstone."
@@ -1173,7 +1177,9 @@ def as_of(clips, day:str) -> list:
 
 def load_clips(folder, rejected:bool=False, day:str=None) -> list:
     "The `Clip` rows of an ingest folder, with later texts (`add_text`), without those erased; `rejected` includes those refused, `day` is an `as_of` date."
-    open_stage(folder); more, gone = _more_text(folder), erased(folder)
+    open_stage(folder)
+    if not _shards(folder): raise VideoVLMError(f"{folder} is no ingest folder (no clips-*.parquet in it)")
+    more, gone = _more_text(folder), erased(folder)
     clips = []
     for r in _rows(folder):
         if gone(r["id"], r["creator"]): continue

@@ -739,5 +739,7 @@ def dedup(stage_folder, out, cfg:DedupConfig=DedupConfig(), engine=None) -> Path
 def load_clusters(folder) -> dict:
     "Clip id -> cluster id of a dedup folder."
     import pyarrow.parquet as pq
-    open_stage(folder); t = pq.read_table(Path(folder)/"clusters.parquet")
+    open_stage(folder); f = Path(folder)/"clusters.parquet"
+    if not f.is_file(): raise VideoVLMError(f"{folder} is no dedup folder (no {f.name} in it)")
+    t = pq.read_table(f)
     return dict(zip(t["id"].to_pylist(), t["cluster"].to_pylist()))

@@ -221,9 +221,10 @@ def fine_tune(run):
     "Connect and instruct on the stored tokens; the model of `run` is the trained one afterwards."
     from video_vlm.training import ClipSet, connect, train, whole
     ids = run.sets["train"]
-    data = ClipSet(ids, [run.samples[c] for c in ids], lambda c: tokens_of(run, c))
-    steps = dict(seed=run.cfg.seed, questions=8, clips=8)
-    for recipe in (connect(steps=run.cfg.connect_steps, **steps), whole(name="instruct", steps=run.cfg.instruct_steps, lr=1e-3, projector_lr=1e-3, blind=1/12, decay=.6, **steps)):
+    rows = [[s for s in run.samples[c] for _ in range(3 if is_new(s) else 1)] for c in ids]
+    data = ClipSet(ids, rows, lambda c: tokens_of(run, c), sources=["new" if any(map(is_new, r)) else "old" for r in rows])
+    steps = dict(seed=run.cfg.seed, questions=12, clips=8, mix=(("new", .6), ("old", .4)))
+    for recipe in (connect(steps=run.cfg.connect_steps, **steps), whole(name="instruct", steps=run.cfg.instruct_steps, lr=1.5e-3, projector_lr=1.5e-3, blind=1/12, decay=.6, **steps)):
         out = train(run.model, run.processor, data, recipe, run.out/f"05_{recipe.name}")
     run.report["train"] = dict(clips=len(ids), samples=sum(map(len, data.samples)), loss=[[r["step"], round(r["loss"], 4)] for s in ("connect", "instruct") for r in map(json.loads, open(run.out/f"05_{s}/log.jsonl"))])
     run.checkpoint = out/"model"

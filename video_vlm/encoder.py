@@ -11,6 +11,7 @@ __all__ = ['USUAL', 'POOLS', 'TOWER_FIELDS', 'PRECISIONS', 'VisualTokens', 'Enco
 # %% ../nbs/03_encoder.ipynb #acef1d84
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -20,6 +21,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from .data import VideoVLMError
+
+# %% ../nbs/03_encoder.ipynb #323aa0e6
+for _k in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"): os.environ.setdefault(_k, "64")
 
 # %% ../nbs/03_encoder.ipynb #073645ee
 @dataclass(frozen=True)
@@ -301,7 +305,7 @@ def _autocast(device, precision=None):
 @torch.no_grad()
 def encode_many(encoder, clips, plans, batch=32, precision=None):
     """Encode the frames [T, S, S, 3] of several clips under their plans; returns a list of float16 [M, N, D]. `batch` is groups at a time, whichever clips they
-    belong to; `precision` is no, bf16 or fp16 (by itself: bf16 on a GPU). Frames become floats a batch at a time, so an hour of them fits."""
+    belong to; `precision` is no, bf16 or fp16 (by itself: bf16 on a GPU). Frames become floats a batch at a time, so an hour of them fits. `encoder.compile()` before the first call makes it torch.compile's."""
     encoder.eval()
     out, dev = [[] for _ in clips], encoder.device
     if not all(map(len, clips)): raise VideoVLMError("no frames to encode: a clip needs at least one")

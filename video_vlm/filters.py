@@ -24,6 +24,8 @@ class Rule:
     low:float|None = None
     high:float|None = None
     missing:bool = True # Accept a clip that has no such score (no text, no model)
+    def __post_init__(self):
+        if self.low is not None and self.high is not None and self.low > self.high: raise VideoVLMError(f"a rule from {self.low:g} to {self.high:g} accepts nothing")
     def __call__(self, score): return self.missing if score is None else (self.low is None or score >= self.low) and (self.high is None or score <= self.high)
 
 RULES = dict(duration=Rule(.5, 600.), resolution=Rule(96.), black=Rule(high=.6), frozen=Rule(high=.9), sharpness=Rule(15.), motion=Rule(.15), pii=Rule(high=0.),

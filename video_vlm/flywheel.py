@@ -735,18 +735,22 @@ def regenerated(self:Erasure, artefact)->int:
     return n
 
 # %% ../nbs/08b_flywheel.ipynb #e901b7b5
+def _models_of(folder):
+    with contextlib.closing(sqlite3.connect(Path(folder)/"registry.db", timeout=30)) as db: return [r[0] for r in db.execute("select name from registered_models order by name")]
+
 def house_stores(runs="runs", serve=None, registry=None, extra=())->list:
     "Erasers of all stores below `runs` (or at the given places), source files first and manifests last."
     from video_vlm.store import TokenStore
-    runs = Path(runs); serve, registry = Path(serve or runs/"serve"), Path(registry or runs/"registry")
+    runs = Path(runs); serve, given = Path(serve or runs/"serve"), Path(registry or runs/"registry")
     stages = [p.parent for p in runs.rglob("clips-*.parquet")]
     tokens = sorted({p.parent for p in [*runs.rglob("entries"), *serve.rglob("entries")] if (p.parent/"erased").is_dir()})
     indexes = sorted({p.parent for p in runs.rglob("*.lance") if p.is_dir()})
-    books = sorted({p for p in [*serve.glob("*.db"), *serve.glob("*.sqlite")]})
+    books, registries = sorted({*serve.glob("*.db"), *serve.glob("*.sqlite"), *runs.rglob("gateway.db")}), sorted({p.parent for p in [*given.glob("registry.db"), *runs.rglob("registry.db")]})
+    media = [serve/"media", *(b.parent/"media" for b in books)]
     out = [sources_eraser(sorted(set(stages)))] + [tokens_eraser(TokenStore(t), f"tokens {t}") for t in tokens]
-    out += [book_eraser(b, serve/"media", f"gateway book {b}") for b in books] + [lance_eraser(i, f"search index {i}") for i in indexes] + list(extra)
-    if (registry/"registry.db").exists(): out.append(registry_eraser(Registry(registry)))
-    own = [*tokens, *indexes, serve/"media", registry, runs/"erasure"]
+    out += [book_eraser(b, b.parent/"media", f"gateway book {b}") for b in books] + [lance_eraser(i, f"search index {i}") for i in indexes] + list(extra)
+    out += [registry_eraser(Registry(r, m), f"registry notes {r}") for r in registries for m in _models_of(r)]
+    own = [*tokens, *indexes, *media, *registries, runs/"erasure"]
     if serve.exists() and not serve.resolve().is_relative_to(runs.resolve()): out.append(folder_eraser(serve, f"files of {serve}", own))
     return [*out, folder_eraser(runs, f"files of {runs}", own)]
 

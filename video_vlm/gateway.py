@@ -230,6 +230,7 @@ class Book:
     def close(self):
         with self.lock: self.db.close()
 
+# %% ../nbs/09a_gateway.ipynb #464847cc
 class Jobs:
     "Indexing jobs as rows of the book. `redisjobs.RedisJobs` (notebook 09af) has the same methods for several gateways."
     def __init__(self, book): self.book = book

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Job', 'find_data', 'stage_clips', 'plan_of', 'clip_set', 'encode_missing', 'model_of', 'prepare', 'load_job',
-           'run_job', 'parameter_bytes', 'activation_bytes', 'time_a_step', 'estimate', 'show_plan', 'launch', 'worker',
-           'Assumptions', 'encode_flops', 'capacity', 'capacity_table', 'measured_rates']
+           'run_job', 'parameter_bytes', 'activation_bytes', 'time_a_step', 'estimate', 'show_plan', 'memory_plan',
+           'memory_plans', 'launch', 'worker', 'Assumptions', 'encode_flops', 'capacity', 'capacity_table',
+           'measured_rates']
 
 # %% ../nbs/05c_launch.ipynb #f2b20404
 import ctypes, json, math, os, signal, socket, subprocess, sys, time
@@ -16,7 +17,7 @@ import torch
 from .data import VideoVLMError, atomic_write, load_samples, open_stage, training_clips
 from .encoder import VisualTokens
 from .frames import plan_frames, read_frames_safely
-from .model import base, large, load_model, preset_size, smol, tiny
+from .model import VideoVLMForConditionalGeneration, base, large, load_model, preset_size, smol, tiny
 from .pretrain import checkpoint_folder
 from .splits import load_splits
 from .store import TokenStore, token_key, visual_tokens
@@ -174,6 +175,19 @@ def show_plan(job, facts, processes=1):
         f"tokens      {f['ids_a_row']} ids a row, {f['ids_in_all']/1e6:.2f}M in all; {f['visual_tokens']/1e6:.2f}M visual tokens to store",
         "memory      " + ", ".join(f"{k} {v:g}" for k, v in f["memory_mb"].items()) + f" = {sum(f['memory_mb'].values()):.0f} MiB a process"+(" before sharding" if job.shard else ""),
         f"time        {f['step_s']:.2f} s a step, {f['hours']:.2f} h ({f['how']})"])
+
+# %% ../nbs/05c_launch.ipynb #199edfd5
+def memory_plan(config, recipe, ids=8192, answers=400):
+    "Bytes that one process needs to train a model of this config, by kind, for `ids` ids in a pass and `answers` answer tokens among them; nothing is built."
+    with torch.device("meta"):
+        model = VideoVLMForConditionalGeneration(config)
+        make_optimizers(model, recipe)
+    return {**parameter_bytes(model, recipe), "activations": activation_bytes(config, recipe, ids, answers)}
+
+def memory_plans(recipe=None):
+    "GiB by kind for every preset."
+    recipe = recipe or instruct(precision="bf16", checkpointing=True)
+    return {n: {k: round(v/2**30, 2) for k, v in memory_plan(c, recipe).items()} for n, c in dict(tiny=tiny(), smol=smol(), base=base(), large=large()).items()}
 
 # %% ../nbs/05c_launch.ipynb #97a5fa3f
 def _die_with_parent():

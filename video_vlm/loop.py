@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LoopConfig', 'small', 'scene_for', 'asked_of', 'Loop', 'Served', 'right', 'draw', 'traffic_rows',
-           'confidences', 'react', 'shuffled_colours', 'promises', 'summary_table', 'plot_slices', 'run_loop']
+           'confidences', 'react', 'asked_always', 'shuffled_colours', 'promises', 'summary_table', 'plot_slices',
+           'run_loop']
 
 # %% ../nbs/09ac_loop.ipynb #7cbe192d
-import asyncio, json, shutil, threading, time
+import asyncio, hashlib, json, shutil, threading, time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class LoopConfig:
     share:float=.06 # Share of requests about the new camera
     requests:int=1200 # Requests that are logged and mined
     budget:int=110 # Cases that people label
+    mined_share:float=.5 # Of the clips of a training step
     held:int=100 # Held-out clips of known cameras
     held_new:int=60 # Held-out clips of the new camera
     steps:int=200 # Training steps of the candidate
@@ -220,14 +222,21 @@ def build_data(self:Loop):
     second = next_dataset(self.out/"data/v2", [*people, *facts], previous=self.out/"data/v1", **kw)
     return dict(v1=first, v2=second)
 
+def asked_always(samples, most=8, seed=0):
+    "Of a mined clip's samples all that people settled, and as many of the others as one visit asks."
+    people, rest = ([s for s in samples if (s.source == "flywheel") == mine] for mine in (True, False))
+    order = np.random.default_rng([seed, int(hashlib.sha256(samples[0].videos[0].encode()).hexdigest()[:8], 16)]).permutation(len(rest)) if people else range(len(rest))
+    return people+[rest[i] for i in order][:max(0, most-len(people)) if people else None]
+
 @patch
 def train_set(self:Loop, version="v2"):
-    "The `ClipSet` of a version's training side."
+    "The `ClipSet` of a version's training side, in two sources: mined and replay."
     from video_vlm.training import ClipSet
     folder = self.out/"data"/version; sides, uri, by = load_splits(folder/"01a_splits"), {c.id: c.uri for c in load_clips(folder/"00_data")}, {}
     for s in load_samples(folder/"00_data"): by.setdefault(s.videos[0], []).append(s)
     ids = [i for i in sorted(by) if sides.get(i) == "train"]
-    return ClipSet(ids, [by[i] for i in ids], lambda i: self.tokens(uri[i]))
+    mined = {i for i in ids if any(s.source == "flywheel" for s in by[i])}
+    return ClipSet(ids, [asked_always(by[i], seed=self.cfg.seed) for i in ids], lambda i: self.tokens(uri[i]), sources=["mined" if i in mined else "replay" for i in ids])
 
 # %% ../nbs/09ac_loop.ipynb #e634a344
 @patch
@@ -240,7 +249,8 @@ def candidate(self:Loop, name, data, steps, start=None):
     if (work/"manifest.json").exists(): shutil.rmtree(work)          # trained, but killed before the adapter was kept
     model, processor = load_model(self.checkpoint, device="cpu")
     if start is not None: load_adapter(model, start)
-    recipe = instruct(name=name, steps=steps, lr=2e-3, projector_lr=1e-3, questions=8, clips=min(8, len(data.ids)), seed=self.cfg.seed, save_every=25)
+    mix = (("mined", self.cfg.mined_share), ("replay", 1-self.cfg.mined_share), ("video", 1.))
+    recipe = instruct(name=name, steps=steps, lr=2e-3, projector_lr=1e-3, questions=8, clips=min(8, len(data.ids)), mix=mix, seed=self.cfg.seed, save_every=25)
     train(model, processor, data, recipe, work, progress=False)
     import torch
     return save_adapter(model, folder, dtype=torch.float32)
@@ -251,7 +261,7 @@ def shuffled_colours(data):
     wrong = lambda s: replace(s, messages=[s.messages[0], dict(role="assistant", content=[dict(type="text", text=after[s.meta["answer"]])])])
     kept = [(i, [wrong(s) for s in ss if s.meta.get("skill") == "colour"]) for i, ss in zip(data.ids, data.samples)]
     kept = [(i, ss) for i, ss in kept if ss]
-    return replace(data, ids=[i for i, _ in kept], samples=[ss for _, ss in kept], lengths=[])
+    return replace(data, ids=[i for i, _ in kept], samples=[ss for _, ss in kept], lengths=[], sources=[])
 
 # %% ../nbs/09ac_loop.ipynb #95d14506
 @patch

@@ -20,6 +20,7 @@ __all__ = ['VIDEO', 'SPECIAL', 'CHAT_TEMPLATE', 'SPLIT', 'ROLES', 'TRANSCRIPT', 
 
 # %% ../nbs/04_model.ipynb #c13959e7
 import copy, json, math, os, re, shutil, tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -164,7 +165,8 @@ def answer_weights(labels: Sequence[int], owner: Sequence[int]) -> list[float]:
     """What each token of a packed row counts: 1/sqrt(labelled tokens of its conversation), so that a caption of thirty tokens does not drown
     thirty questions of one (the square averaging of InternVL 2.5, arXiv 2412.05271)."""
     said = [o if l != -100 else None for l, o in zip(labels, owner)]
-    return [said.count(o) ** -.5 if o is not None else 0. for o in said]
+    count = Counter(said)
+    return [count[o] ** -.5 if o is not None else 0. for o in said]
 
 # %% ../nbs/04_model.ipynb #3cca3399
 def additive_mask(mask, dtype):
@@ -539,8 +541,8 @@ def training_rows(samples, visual, tokenizer, max_length: int = None) -> dict:
         encs.append(enc)
     row = pack(encs)
     t = {k: torch.tensor(getattr(row, v)) for k, v in dict(input_ids="ids", labels="labels", position_ids="positions", block="block", branch="branch").items()}
-    mask, weights = block_mask(t["block"][None], t["branch"][None])[0], torch.tensor(answer_weights(row.labels, row.owner))
-    return {**t, "attention_mask": mask, "label_weights": weights, "visual_tokens": stack_tokens(row.videos) if row.videos else None, "used": len(encs)}
+    weights = torch.tensor(answer_weights(row.labels, row.owner))
+    return {**t, "label_weights": weights, "visual_tokens": stack_tokens(row.videos) if row.videos else None, "used": len(encs)}
 
 # %% ../nbs/04_model.ipynb #955d2ce7
 def collate_rows(rows: Sequence[dict], pad_id: int = 0) -> dict:

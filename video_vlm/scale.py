@@ -22,7 +22,7 @@ def start_ray(address:str=None, tries:int=3, **kw):
     except ImportError: raise VideoVLMError("ray is not installed: pip install 'video_vlm[scale]'") from None
     if ray.is_initialized(): return ray
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address: kw = {**dict(include_dashboard=False, num_cpus=os.cpu_count()), **kw}
+    if not address: kw = {**dict(include_dashboard=False, num_cpus=os.cpu_count(), _system_config=dict(worker_niceness=0)), **kw}      # by default, workers wait for whoever else is here
     for left in reversed(range(1 if address else tries)):
         try: ray.init(address=address, log_to_driver=False, configure_logging=False, **kw); return ray
         except Exception as e:      # plain `Exception` where the raylet or its helpers were slow

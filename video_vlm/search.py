@@ -33,8 +33,8 @@ class SearchConfig:
     candidates:int = 50 # Taken from each ranking before fusion
     exact_below:int = 100_000 # Fewer rows are searched exactly, without an index
     partition:int = 2_000 # Rows of a partition of the vector index, about
-    nprobes:int = 24 # Partitions looked into
-    filtered_nprobes:int = 96 # The same under a filter, which leaves few rows in each
+    nprobes:int = 12 # Partitions looked into
+    filtered_nprobes:int = 192 # The same under a filter, which leaves few rows in each
     refine:int = 4 # Candidates an answer that are compared with full vectors
     def __post_init__(self):
         if not 0 <= self.overlap < self.segment: raise SearchError(f"overlap {self.overlap} s must be shorter than a segment of {self.segment} s")

@@ -40,8 +40,9 @@ class Tombstones:
         try: st = self.path.stat()
         except FileNotFoundError: return []
         if (st.st_mtime_ns, st.st_size, st.st_ino) != self._stamp:
-            self._rows, self._stamp = list(tombstone_rows(self.path)), (st.st_mtime_ns, st.st_size, st.st_ino)
-            self._hashes, self._videos = {r["hash"] for r in self._rows}, {v for r in self._rows for v in r.get("videos", ())}
+            rows = list(tombstone_rows(self.path))
+            self._hashes, self._videos, self._rows = {r["hash"] for r in rows}, {v for r in rows for v in r.get("videos", ())}, rows
+            self._stamp = st.st_mtime_ns, st.st_size, st.st_ino # last: another thread takes what is there only once it is whole
         return self._rows
     def add(self, subject, videos=(), who="", why=""):
         "Append and sync; the same tombstone twice is one."
@@ -62,7 +63,7 @@ class Tombstones:
 # %% ../nbs/00c_tombstones.ipynb #054152fa
 def tombstones_of(folder, name="erasure/tombstones.jsonl")->Tombstones:
     "The `Tombstones` that hold for a folder: of the nearest folder above it (or itself) that has `erasure/tombstones.jsonl`; empty where none has."
-    return _known(tombstone_file(folder, name) or Path(folder).resolve()/name)
+    return _known(str(tombstone_file(folder, name) or f"{folder}/{name}"))
 
 @lru_cache(256)
 def _known(path): return Tombstones(path)   # the list is parsed once a change, not once a question

