@@ -38,7 +38,7 @@ def main():
 def existing(path, what="file"):
     "The path if it exists, else one clear line."
     p = Path(path)
-    if not p.exists(): raise VideoVLMError(f"{p} does not exist; give the path of a {what}")
+    if not p.exists(): raise VideoVLMError(f"{p} does not exist; give the path of {'an' if what[0] in 'aeio' else 'a'} {what}")
     return p
 
 # %% ../nbs/09b_cli.ipynb #dc713445
