@@ -42,7 +42,7 @@ class PretrainConfig:
     short_groups:int = 6
     short_steps:int = 800
     clips:int = 10000 # Clips of all lengths after that
-    lm_steps:int = 3500
+    lm_steps:int = 4400
     width:int = 192 # Of the language model
     layers:int = 6
     fps:float = 4. # Sampling of a clip
@@ -425,7 +425,7 @@ def token_words(words, tokenizer, weight=.5):
 
 def lm_recipe(cfg=PretrainConfig(), short=False):
     "Whole language model and projector by Muon in bfloat16; every twelfth visit without the video. The rate falls at the end of the long part only."
-    return whole(name="short" if short else "pretrain", steps=cfg.short_steps if short else cfg.lm_steps, clips=8, questions=8, blind=1/12, decay=.01 if short else .35,
+    return whole(name="short" if short else "pretrain", steps=cfg.short_steps if short else cfg.lm_steps, clips=8, questions=12, blind=1/12, decay=.01 if short else .35,
                  warmup=.05 if short else .01, precision="bf16", seed=cfg.seed, lr=2e-3, projector_lr=2e-3, save_every=200)
 
 def train_lm(tower, out, cfg=PretrainConfig(), workers=2, progress=True):
