@@ -12,6 +12,7 @@ import os
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from math import ceil
 from threading import Lock
 from warnings import catch_warnings, simplefilter
@@ -193,20 +194,30 @@ def _targets(path, line, want, size, threads):
     return out
 
 # %% ../nbs/02_frames.ipynb #52dcc138
+def _decoded(c, s, shape):
+    "(tick, image) of all that a decoder makes of a stream. Copied at once: damage is painted over with what lies in the decoder's buffers, and a held frame is a buffer less."
+    for p in c.demux(s):
+        yield from ((f.pts, shape(f)) for f in _decode_some(s.codec_context, p if p.size else None) if f.pts is not None)
+        if not p.size: return
+
+def _by_time(pairs, depth=16):
+    "(tick, image) in order of time: behind damage some come late, by at most the 16 pictures that H.264 and HEVC may hold back."
+    held = []
+    for n, (tick, x) in enumerate(pairs):
+        heappush(held, (tick, n, x))
+        if len(held) > depth: tick, _, x = heappop(held); yield tick, x
+    while held: tick, _, x = heappop(held); yield tick, x
+
 def _sequential(path, line, want, shape):
     "Decode from the beginning and keep, for every tick, the last frame not after it: slow, but nothing can be wrong about it."
     av, out, last, todo = _quiet(), {}, None, want.tolist()
     with av.open(path) as c:
-        s = best_video(c, path) # PyAV's own thread settings: what is painted over damage depends on them
-        for p in c.demux(s):
-            for f in _decode_some(s.codec_context, p if p.size else None):
-                if f.pts is None: continue
-                while todo and last is not None and f.pts > todo[0]: out[todo.pop(0)] = (last.pts, shape(last))
-                last = f
-            if not todo or not p.size: break
+        for f in _by_time(_decoded(c, best_video(c, path), shape)): # PyAV's own thread settings: what is painted over damage depends on them
+            while todo and last is not None and f[0] > todo[0]: out[todo.pop(0)] = last
+            if not todo: return out
+            if last is None or f[0] >= last[0]: last = f
         if last is None: raise MediaError("decode_failed", path)
-        for t in todo: out[t] = (last.pts, shape(last))
-    return out
+    return out | dict.fromkeys(todo, last)
 
 # %% ../nbs/02_frames.ipynb #2731268b
 def read_pyav(path, line, ticks, size=None, threads:int=2):
@@ -298,12 +309,9 @@ def show_frames(frames, times=None, titles=None, cols:int=8, width:int=96):
 # %% ../nbs/02_frames.ipynb #9ddd7908
 def oracle(path) -> tuple:
     "All frames of a file by sequential decode: (uint8 [F,H,W,3] as displayed, seconds [F]). For tests: it holds every frame in memory."
-    line = timeline(path); shape, out = _Shaper(line, None), {}
+    line = timeline(path); shape = _Shaper(line, None)
     with _quiet().open(os.fspath(path)) as c:
-        s = best_video(c, path)
-        for p in c.demux(s):
-            for f in _decode_some(s.codec_context, p if p.size else None):
-                if f.pts is not None: out[f.pts] = shape(f)
+        out = dict(_decoded(c, best_video(c, path), shape))
     ticks = np.asarray(sorted(out))
     return np.stack([out[t] for t in ticks]), (ticks-line.ticks[0])*float(line.time_base)
 
@@ -323,9 +331,7 @@ def small_frames(path, size=(64, 36), threads:int=2):
     line = cached_timeline(path); shape = _Shaper(line, size)
     with _quiet().open(os.fspath(path)) as c:
         s = best_video(c, path); s.thread_type, s.codec_context.thread_count = "AUTO", threads
-        for p in c.demux(s):
-            for f in _decode_some(s.codec_context, p if p.size else None):
-                if f.pts is not None: yield float((f.pts-line.ticks[0])*line.time_base), shape(f)
+        for tick, x in _by_time(_decoded(c, s, shape)): yield float((tick-line.ticks[0])*line.time_base), x
 
 def detect_shots(path, threshold:float=27., min_s:float=.4) -> list:
     "[(start, end)] seconds of the shots of a file, by PySceneDetect's content detector."
