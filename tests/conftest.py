@@ -22,8 +22,8 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def note():
-    "note(heading, line): a line for the report at the end of the run."
-    return lambda heading, line: NOTES.setdefault(heading, []).append(line)
+    "note(heading, line): a line (or anything that str() makes one of) for the report at the end of the run."
+    return lambda heading, line: NOTES.setdefault(heading, []).append(str(line))
 
 FORKS = ("test_training", "test_training_processes", "test_preference")   # they fork this process: before other tests have started threads and process groups in it
 

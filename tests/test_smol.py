@@ -42,7 +42,7 @@ def test_smollm2_starts_from_the_tiny_tower(tmp_path, note):
     x = np.random.default_rng(0).normal(size=(8, 16, model.encoder.width)).astype(np.float16)
     v = M.VisualTokens(x, np.arange(8)/2, np.arange(8)/2+.5, "v")
     facts = S.first_token(model, proc, v)
-    note("smol on this machine", str(facts))
+    note("smol on this machine", facts)
     assert facts["peak_gb"] < 3 and "Paris" in M.answer(model, proc, None, "What is the capital of France?", max_new_tokens=12)
     M.add_lora(model, r=8); folder = M.save_adapter(model, tmp_path/"a", language_model="smollm2-135m")
     assert sum(f.stat().st_size for f in folder.iterdir()) < 12e6

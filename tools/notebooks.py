@@ -10,6 +10,7 @@ from nbdev.config import get_config
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 600  # seconds a cell
 os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress")   # tqdm's wish for widgets is no output for a page
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")    # nor are the bars of transformers over loading and writing weights
 
 def flagged(cell, flags):
     "Whether a cell carries a test flag (`#| gpu`): it is not run here and keeps the output it has."

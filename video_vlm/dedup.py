@@ -164,6 +164,7 @@ class Signature:
         with np.load(path) as z: d = {k: z[k] for k in z.files}
         return cls(**{**d, "size": tuple(d["size"].tolist()), "box": tuple(d["box"].tolist())})
 
+# %% ../nbs/01_dedup.ipynb #9d606647
 def signature(path, cfg:DedupConfig=DedupConfig()) -> Signature:
     "Look at a file once and keep what comparison needs; raises `MediaError`."
     import cv2

@@ -10,8 +10,8 @@ __all__ = ['EvaluationError', 'EvaluationConfig', 'Prediction', 'normalise', 'ma
            'bleu', 'rouge_l', 'cider', 'caption_metrics', 'Item', 'choice_prompt', 'score_answer', 'Task',
            'task_from_samples', 'score_caption', 'caption_summary', 'caption_task', 'shuffle_options', 'position_bias',
            'contamination', 'answer_key', 'batched', 'Run', 'environment', 'run_task', 'load_run', 'prior_answer',
-           'openai_answer', 'checkpoint_fingerprint', 'model_answer', 'likely', 'transformers_answer', 'is_ours',
-           'served_models', 'open_answer']
+           'openai_answer', 'checkpoint_fingerprint', 'span_asked', 'model_answer', 'likely', 'transformers_answer',
+           'is_ours', 'served_models', 'open_answer']
 
 # %% ../nbs/07_evaluation.ipynb #7718dfd3
 import hashlib, inspect, json, math, os, platform, re, sys, time, unicodedata
@@ -756,6 +756,12 @@ def checkpoint_fingerprint(folder):
         h.update(str(f.relative_to(folder)).encode()); h.update(f.read_bytes())
     return h.hexdigest()
 
+# %% ../nbs/07_evaluation.ipynb #27d06e70
+def span_asked(item):
+    "(start, end) in seconds of the part that a question is about, (None, None) for all of the clip; a grounding's span is its truth and no hint."
+    return tuple(item.span) if item.span and item.truth != "" else (None, None)
+
+# %% ../nbs/07_evaluation.ipynb #3684a172
 def model_answer(model, processor, store=None, blind=False, max_new_tokens=32):
     "A batched answer function of our model: plan, tokens (through `store`), answers. Items without media are asked without video; `blind` asks all of them so."
     from video_vlm.data import probe
@@ -763,31 +769,33 @@ def model_answer(model, processor, store=None, blind=False, max_new_tokens=32):
     from video_vlm.model import answer_batch, choose_batch
     from video_vlm.store import visual_tokens
     enc, how = model.encoder, processor.sampling or {"fps": 4., "max_frames": 24}
-    def look(item):
-        if blind or not item.media: return None
-        a, b = item.span if item.span and item.truth != "" else (None, None)     # the part asked about; a grounding truth is no hint
-        plan = plan_frames(probe(item.media), fps=how["fps"], max_frames=how["max_frames"], start=a, end=b, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
-        return visual_tokens(item.media, plan, enc, store, read=read_frames_safely)
+    def look(media, span):
+        if blind or not media: return None
+        plan = plan_frames(probe(media), fps=how["fps"], max_frames=how["max_frames"], start=span[0], end=span[1], size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
+        return visual_tokens(media, plan, enc, store, read=read_frames_safely)
+    def seen(items):
+        keys = [(i.media, span_asked(i)) for i in items]
+        tokens = {k: look(*k) for k in set(keys)}
+        return [tokens[k] for k in keys]
     @batched
-    def answer(items, prompts):
-        seen = {k: look(i) for k, i in {(i.media, i.span): i for i in items}.items()}
-        return answer_batch(model, processor, [(seen[i.media, i.span], p) for i, p in zip(items, prompts)], max_new_tokens=max_new_tokens)
-    def choose(items):
-        seen = {k: look(i) for k, i in {(i.media, i.span): i for i in items}.items()}
-        return [p for _, p in choose_batch(model, processor, [(seen[i.media, i.span], i.question, [str(o) for o in i.options]) for i in items])]
+    def answer(items, prompts): return answer_batch(model, processor, list(zip(seen(items), prompts)), max_new_tokens=max_new_tokens)
+    def choose(items): return [p for _, p in choose_batch(model, processor, [(x, i.question, [str(o) for o in i.options]) for x, i in zip(seen(items), items)])]
     answer.choose, answer.kind = choose, "checkpoint"
     answer.plan = {"fps": how["fps"], "max_frames": how["max_frames"], "size": enc.size, "blind": blind, "encoder": enc.fingerprint}
     return answer
 
+# %% ../nbs/07_evaluation.ipynb #24fb666a
 def likely(answer):
     "`answer` for questions with options by likelihood instead of written letters; `answer` must have `.choose`. Others are answered in text."
     if not hasattr(answer, "choose"): raise EvaluationError("this model gives no likelihoods: ask it for text")
     @batched
     def by_likelihood(items, prompts):
-        rows = [i for i, item in enumerate(items) if item.options]
-        out = dict(zip(rows, (items[i].options[int(np.argmax(p))] for i, p in zip(rows, answer.choose([items[i] for i in rows])))) if rows else ())
-        rest = [i for i in range(len(items)) if i not in out]
-        return [str(t) for _, t in sorted({**out, **dict(zip(rest, answer([items[i] for i in rest], [prompts[i] for i in rest]) if rest else ()))}.items())]
+        out, closed, told = [""]*len(items), [n for n, i in enumerate(items) if i.options], [n for n, i in enumerate(items) if not i.options]
+        if closed:
+            for n, p in zip(closed, answer.choose([items[n] for n in closed])): out[n] = str(items[n].options[int(np.argmax(p))])
+        if told:
+            for n, text in zip(told, answer([items[n] for n in told], [prompts[n] for n in told])): out[n] = text
+        return out
     by_likelihood.choose, by_likelihood.kind, by_likelihood.plan = answer.choose, answer.kind, {**answer.plan, "likelihood": True}
     return by_likelihood
 
@@ -803,8 +811,7 @@ def transformers_answer(source, frames=16, fps=4., size=None, max_new_tokens=48,
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     video = getattr(processor, "video_processor", None) is not None
     def look(item):
-        p = probe(item.media)
-        a, b = item.span if item.span and item.truth != "" else (None, None)
+        p, (a, b) = probe(item.media), span_asked(item)
         h = min(p.height, 448)
         return read_frames_safely(item.media, plan_frames(p, fps=fps, max_frames=frames, start=a, end=b).times, size or (max(1, round(p.width * h / p.height)), h)).data
     @torch.no_grad()

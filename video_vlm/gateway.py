@@ -10,7 +10,7 @@ __all__ = ['BUCKETS', 'PANELS', 'SCHEMA', 'SUFFIX', 'UNSAFE', 'QUIET', 'ROUTES',
            'run_check', 'cascade', 'llama_guard', 'load_safety', 'cascade_guard', 'VideoUrl', 'Segment', 'Part',
            'Message', 'ChatRequest', 'parts_of_message', 'plain_messages', 'stops_of', 'texts_of', 'spoken_in',
            'schema_of', 'Hooks', 'count_short', 'extension', 'Gateway', 'Prepared', 'SpannedEncoder', 'Answer', 'sse',
-           'Turn', 'job_body', 'Cancelled', 'sign', 'post_webhook', 'call_webhook', 'forget', 'sweep', 'Guard', 'Body',
+           'Turn', 'job_body', 'Cancelled', 'sign', 'post_webhook', 'call_webhook', 'forget', 'sweep', 'Body', 'Guard',
            'gw_metrics', 'log', 'error_response', 'create_app', 'who', 'body_of', 'chat_routes', 'unless_gone',
            'state_routes', 'file_body', 'add_file', 'file_routes', 'upload_home', 'join_parts', 'drop_folder',
            'json_body', 'upload_routes', 'IndexRequest', 'video_routes', 'is_loopback', 'listen', 'serve',
@@ -138,28 +138,29 @@ class Metrics:
         self.oom = Counter(name("out_of_memory"), "Requests that ran out of memory", registry=r)
         self.looks = Counter(name("safety_looks"), "Videos whose frames a safety check has seen", registry=r)
         r.register(self)
-
-    def collect(self):
-        "Counters that live elsewhere, read when Prometheus asks."
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-        c = self.store.counters if self.store is not None else {}
-        for k, text in dict(decodes="Videos decoded", encodes="Videos encoded", misses="Token store misses", evicted="Entries evicted", damaged="Damaged entries").items():
-            yield CounterMetricFamily(f"video_vlm_{k}", text, value=c.get(k, 0))
-        hits = CounterMetricFamily("video_vlm_cache_hits", "Token store hits by tier", labels=["tier"])
-        hits.add_metric(["memory"], c.get("memory_hits", 0)); hits.add_metric(["disk"], c.get("hits", 0)-c.get("memory_hits", 0))
-        yield hits
-        s = self.engine.stats() if self.engine is not None else {}
-        yield GaugeMetricFamily("video_vlm_engine_running", "Requests in the engine", value=s.get("running", 0))
-        yield GaugeMetricFamily("video_vlm_media_queue", "Requests that wait for a decoder or an encoder", value=self.queue())
-        yield GaugeMetricFamily("video_vlm_engine_ready", "Whether the engine answers", value=float(s.get("ready", False)))
-        yield CounterMetricFamily("video_vlm_engine_restarts", "Engine restarts", value=s.get("restarts", 0))
-        jobs = GaugeMetricFamily("video_vlm_jobs", "Indexing jobs by state", labels=["state"])
-        for k, v in self.jobs().items(): jobs.add_metric([k], v)
-        yield jobs
-
     def text(self) -> bytes:
         from prometheus_client import generate_latest
         return generate_latest(self.registry)
+
+# %% ../nbs/09a_gateway.ipynb #7ce52c78
+@patch
+def collect(self:Metrics):
+    "Counters that live elsewhere, read when Prometheus asks."
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    c = self.store.counters if self.store is not None else {}
+    for k, text in dict(decodes="Videos decoded", encodes="Videos encoded", misses="Token store misses", evicted="Entries evicted", damaged="Damaged entries").items():
+        yield CounterMetricFamily(f"video_vlm_{k}", text, value=c.get(k, 0))
+    hits = CounterMetricFamily("video_vlm_cache_hits", "Token store hits by tier", labels=["tier"])
+    hits.add_metric(["memory"], c.get("memory_hits", 0)); hits.add_metric(["disk"], c.get("hits", 0)-c.get("memory_hits", 0))
+    yield hits
+    s = self.engine.stats() if self.engine is not None else {}
+    yield GaugeMetricFamily("video_vlm_engine_running", "Requests in the engine", value=s.get("running", 0))
+    yield GaugeMetricFamily("video_vlm_media_queue", "Requests that wait for a decoder or an encoder", value=self.queue())
+    yield GaugeMetricFamily("video_vlm_engine_ready", "Whether the engine answers", value=float(s.get("ready", False)))
+    yield CounterMetricFamily("video_vlm_engine_restarts", "Engine restarts", value=s.get("restarts", 0))
+    jobs = GaugeMetricFamily("video_vlm_jobs", "Indexing jobs by state", labels=["state"])
+    for k, v in self.jobs().items(): jobs.add_metric([k], v)
+    yield jobs
 
 # %% ../nbs/09a_gateway.ipynb #c2d68c53
 @lru_cache(1)
@@ -1118,6 +1119,24 @@ def sweep(folder:Path, older_s:float=86400.):
 Gateway.open, Gateway.close = _open, _close
 
 # %% ../nbs/09a_gateway.ipynb #5af33c1a
+class Body:
+    "A request's body as it arrives: refused when it is, or says that it will be, too large, or when the client falls silent."
+    def __init__(self, receive, cfg, scope):
+        self.inner, self.cfg, self.scope, self.seen, self.whole = receive, cfg, scope, 0, False
+        self.most = cfg.max_upload_bytes+(1<<20) if scope["path"].startswith(("/v1/files", "/v1/uploads")) else cfg.max_body_bytes
+    def check_claim(self):
+        claimed = next((v for k, v in self.scope["headers"] if k == b"content-length"), b"0")
+        if claimed.isdigit() and int(claimed) > self.most: self.too_large()
+    def too_large(self): raise ApiError(413, f"the body is larger than {self.most} bytes", "body_too_large")
+    async def receive(self):
+        if self.whole: return await self.inner() # from here on it only tells of a hang-up
+        try: m = await asyncio.wait_for(self.inner(), self.cfg.body_s)
+        except TimeoutError: raise ApiError(408, f"nothing of the body came for {self.cfg.body_s:g} s", "body_timeout") from None
+        self.seen += len(m.get("body", b"")); self.whole = not m.get("more_body")
+        if self.seen > self.most: self.too_large()
+        return m
+
+# %% ../nbs/09a_gateway.ipynb #3f233ec4
 class Guard:
     "ASGI wrapper: request id, bounded body, error form, one log line a request."
     def __init__(self, app, gw): self.app, self.gw = app, gw
@@ -1136,28 +1155,11 @@ class Guard:
             with span("request", id=id, path=scope["path"][:200]): await self.app(scope, body.receive, named)
         except Exception as e:
             if status and not ended: raise # half an answer: the connection must break
-            if not status: await error_response(e)(scope, receive, named)
+            if not status: await error_response(e, id)(scope, receive, named)
         finally:
             if "turn" in scope: scope["turn"].leave()
             gw_metrics(self.gw, scope, status)
             if scope["path"] not in QUIET: log(id=id, method=scope["method"], path=scope["path"], status=status, ms=round(1e3*(time.perf_counter()-began), 1), tenant=scope.get("tenant", ""))
-
-class Body:
-    "A request's body as it arrives: refused when it is, or says that it will be, too large, or when the client falls silent."
-    def __init__(self, receive, cfg, scope):
-        self.inner, self.cfg, self.scope, self.seen, self.whole = receive, cfg, scope, 0, False
-        self.most = cfg.max_upload_bytes+(1<<20) if scope["path"].startswith(("/v1/files", "/v1/uploads")) else cfg.max_body_bytes
-    def check_claim(self):
-        claimed = next((v for k, v in self.scope["headers"] if k == b"content-length"), b"0")
-        if claimed.isdigit() and int(claimed) > self.most: self.too_large()
-    def too_large(self): raise ApiError(413, f"the body is larger than {self.most} bytes", "body_too_large")
-    async def receive(self):
-        if self.whole: return await self.inner() # from here on it only tells of a hang-up
-        try: m = await asyncio.wait_for(self.inner(), self.cfg.body_s)
-        except TimeoutError: raise ApiError(408, f"nothing of the body came for {self.cfg.body_s:g} s", "body_timeout") from None
-        self.seen += len(m.get("body", b"")); self.whole = not m.get("more_body")
-        if self.seen > self.most: self.too_large()
-        return m
 
 # %% ../nbs/09a_gateway.ipynb #b9a3fe62
 def gw_metrics(gw, scope, status):
@@ -1171,10 +1173,11 @@ def log(**kw):
     "One JSON line on stderr."
     if os.environ.get("VIDEO_VLM_LOG", "1") != "0": print(json.dumps(dict(at=round(time.time(), 3), **kw)), file=sys.stderr, flush=True)
 
-def error_response(e:Exception):
+def error_response(e:Exception, id:str=""):
+    "OpenAI's error form; of an internal error the details go to the log, under the request's `id`."
     from fastapi.responses import JSONResponse
     a = as_api_error(e)
-    if a.status == 500: log(error=f"{type(e).__name__}: {str(e)[:300]}")
+    if a.status == 500: log(id=id, error=f"{type(e).__name__}: {str(e)[:300]}")
     return JSONResponse(a.body(), a.status, {"retry-after": str(int(a.retry_after+.999))} if a.retry_after else None)
 
 # %% ../nbs/09a_gateway.ipynb #1adb691c
@@ -1189,12 +1192,9 @@ def create_app(gw:Gateway):
         yield
         await gw.close()
     app = FastAPI(title="video_vlm", version="1", lifespan=life)
-    app.add_exception_handler(ApiError, lambda r, e: error_response(e))
-    app.add_exception_handler(VideoVLMError, lambda r, e: error_response(e))
-    app.add_exception_handler(ValidationError, lambda r, e: error_response(e))
+    for kind in (ApiError, VideoVLMError, ValidationError, Exception): app.add_exception_handler(kind, lambda r, e: error_response(e, r.scope.get("video_vlm", "")))
     app.add_exception_handler(RequestValidationError, lambda r, e: error_response(ApiError(400, str(e.errors()[0].get("msg")), "invalid_value")))
     app.add_exception_handler(HTTPException, lambda r, e: error_response(ApiError(e.status_code, str(e.detail), {404: "not_found", 405: "method_not_allowed"}.get(e.status_code, "bad_request"))))
-    app.add_exception_handler(Exception, lambda r, e: error_response(e))
     for add in [*ROUTES, *gw.hooks.routes]: add(app, gw)
     app.state.gateway = gw
     return Guard(app, gw)
@@ -1445,7 +1445,9 @@ class IndexRequest(BaseModel):
     captions:list[str] = Field([], max_length=100) # What is known about the video, for search by words
     transcript:list[Segment] = Field([], max_length=100_000) # What is said in it
 
+# %% ../nbs/09a_gateway.ipynb #0a2a7f0e
 def video_routes(app, gw):
+    "Index a video, list one's jobs, look at one, cancel it."
     from fastapi import Request as HttpRequest
     from fastapi.responses import JSONResponse
 

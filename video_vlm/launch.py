@@ -275,12 +275,15 @@ class Assumptions:
     token_bytes:int = 2 # float16; 1 with int8
     trained:str = "lora" # lora or language_model
 
+# %% ../nbs/05c_launch.ipynb #02c3dd3f
 def encode_flops(config):
-    "Floating-point operations of the tower for one frame."
-    t = config.encoder_config.tower_config
-    n, w, inter = config.encoder_config.grid**2, t.hidden_size, t.intermediate_size
-    return t.num_hidden_layers*n*(2*(4*w*w+2*w*inter)+4*n*w)
+    "Floating-point operations that encode one frame: patches, the tower's layers, and the layer of the pool (`mix`; the other pools are left out)."
+    e, t = config.encoder_config, config.encoder_config.tower_config
+    n, w = e.grid**2, t.hidden_size
+    layer = lambda seen: n*(2*(4*w*w+2*w*t.intermediate_size)+4*seen*w)             # `seen`: patches that each attends to
+    return 2*n*3*t.patch_size**2*w+t.num_hidden_layers*layer(n)+(layer(e.group*n)+2*n*w*w if e.pool == "mix" else 0)
 
+# %% ../nbs/05c_launch.ipynb #82a0c3b5
 def capacity(config, clips, given=Assumptions(), rates=None):
     "Hours, storage and money to train on `clips` clips once. `rates`: measured dict(frames_s, ids_s, device, usd_hour), or None for arithmetic."
     enc, s = config.encoder_config, config.sampling
@@ -295,6 +298,7 @@ def capacity(config, clips, given=Assumptions(), rates=None):
     usd = (encode_h+train_h)*(rates["usd_hour"] if rates else given.gpu_hour_usd)+(tokens_gb+video_gb)*given.storage_usd_gb_month*given.months
     return dict(clips=clips, ids_a_clip=ids, encode_h=encode_h, train_h=train_h, tokens_gb=tokens_gb, video_gb=video_gb, usd=usd, rates=f"measured on {rates['device']}" if rates else "assumed: data sheet x MFU")
 
+# %% ../nbs/05c_launch.ipynb #1086cde0
 def capacity_table(given=Assumptions(), measured=None):
     "Rows for all presets and three sizes; `measured`: preset -> rates."
     presets = dict(tiny=tiny(), smol=smol(), base=base(), large=large())

@@ -479,13 +479,6 @@ def prefer_step(acc, model, opts, groups, tokens, processor, recipe, step):
     return dict(step=step, loss=value, **row, grad_norm=norm, lr=opts[0].param_groups[0]["lr"], skipped=not ok)
 
 # %% ../nbs/05a_preference.ipynb #802ccc1c
-def _finish(model, processor, data, recipe, out):
-    "Adapter, merged model and manifest."
-    save_adapter(model, out/"adapter", recipe=recipe.name)
-    save_checkpoint(model.eval(), processor, out/"model")
-    with atomic_write(out/"recipe.json") as f: f.write(json.dumps(asdict(recipe), indent=1))
-    finish_stage(out, inputs=dict(pairs=data.fingerprint), counts=dict(steps=recipe.steps, clips=len(data.ids), pairs=sum(map(len, data.pairs))))
-
 def _steps(acc, model, opts, data, processor, recipe, out, start, progress):
     "The steps of a run from `start`, logged and saved."
     from tqdm import tqdm
@@ -500,6 +493,14 @@ def _steps(acc, model, opts, data, processor, recipe, out, start, progress):
         with open(out/"log.jsonl", "a") as log: log.write(json.dumps({**row, "seconds": round(time.time()-began, 2)})+"\n")
         bar.set_postfix(loss=f"{row['loss']:.3f}", won=f"{row['won']:.2f}", chosen=f"{row['chosen']-row['ref_chosen']:+.1f}")
         if (step+1) % recipe.save_every == 0: save_state(model, opts, step+1, out/"checkpoints", recipe.keep)
+
+# %% ../nbs/05a_preference.ipynb #f9dcf2c2
+def _finish(model, processor, data, recipe, out):
+    "Adapter, merged model and manifest."
+    save_adapter(model, out/"adapter", recipe=recipe.name)
+    save_checkpoint(model.eval(), processor, out/"model")
+    with atomic_write(out/"recipe.json") as f: f.write(json.dumps(asdict(recipe), indent=1))
+    finish_stage(out, inputs=dict(pairs=data.fingerprint), counts=dict(steps=recipe.steps, clips=len(data.ids), pairs=sum(map(len, data.pairs))))
 
 def prefer(model, processor, data, recipe, out, progress=True):
     """Train a LoRA adapter of `model` (in place) on the pairs of `data`; returns the stage folder with `adapter/`, `model/` (merged), `recipe.json`, `log.jsonl`.
