@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help env demo test test-slow docs readme notebooks lint sync hooks bench checkpoint smol constraints clean
+.PHONY: help env demo test test-slow docs front readme notebooks lint sync hooks bench checkpoint smol constraints clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-slow: env ## The long tests only (ARGS="-k name")
 
 docs: env ## Build the site into _docs (Quarto if it is on PATH, else smalldocs)
 	@$(PY) tools/docs.py $(ARGS)
+
+front: env ## Figures of the front page from reports of the demo (ARGS="runs/demo/report.json ...")
+	@$(PY) tools/front.py $(ARGS)
 
 readme: env ## README.md from nbs/index.ipynb
 	@$(PY) tools/readme.py

@@ -3,7 +3,10 @@ import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
-from video_vlm.data import tiny_clips
+from typer.testing import CliRunner
+from video_vlm.cli import _train_page, app
+from video_vlm.data import IngestConfig, VideoVLMError, ingest, load_clips, tiny_clips
+from video_vlm.preference import Pair, save_pairs
 
 def cli(*words, cwd=None):
     r = subprocess.run([sys.executable, "-c", "from video_vlm.cli import main; main()", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=300)
@@ -39,9 +42,47 @@ def test_ask_answers_a_real_file(files, tmp_path):
 def test_every_command_has_help_with_an_example():
     code, out, _ = cli("--help")
     assert code == 0
-    for c in ("ask", "demo", "world", "ingest", "serve", "bench"):
-        code, text, _ = cli(c, "--help")
-        assert code == 0 and "Example" in text, c
+    names = [[c.name or c.callback.__name__.replace("_", "-")] for c in app.registered_commands] + [[g.name, c.name] for g in app.registered_groups for c in g.typer_instance.registered_commands]
+    assert len(names) > 30
+    for words in names:
+        r = CliRunner().invoke(app, [*words, "--help"])
+        assert r.exit_code == 0 and ("Example" in r.output or words == ["doctor"]), words
+
+def call(*words):
+    "The command in this process: (exit code, stdout, message of the typed error)."
+    r = CliRunner().invoke(app, list(map(str, words)))
+    assert r.exception is None or isinstance(r.exception, (VideoVLMError, SystemExit)), r.exception
+    return r.exit_code, r.output, str(r.exception or "")
+
+def test_a_model_describes_clips_once_and_signs(tmp_path):
+    tiny_clips(tmp_path/"v"); ingest(tmp_path/"v", tmp_path/"00_ingest", IngestConfig(progress=False))
+    assert "2 clips described by model:checkpoints/tiny" in call("caption", tmp_path/"00_ingest", "--model", "tiny")[1]
+    assert "0 clips described" in call("caption", tmp_path/"00_ingest", "--model", "tiny")[1] and (tmp_path/"tokens"/"entries").is_dir()
+    assert all(c.captions[0]["by"] == "model:checkpoints/tiny" and c.captions[0]["known_at"] for c in load_clips(tmp_path/"00_ingest"))
+    assert "not a finished stage" in call("caption", tmp_path)[2] and "not a finished stage" in call("encode", tmp_path)[2]
+
+def test_people_measure_the_judge(tmp_path):
+    save_pairs([Pair(f"v{i}.mp4", "What?", f"good {i}", f"bad {i}", "facts") for i in range(20)], tmp_path/"pairs.jsonl")
+    assert call("gold", tmp_path, "--out", tmp_path/"g.jsonl")[0] == 0 and call("gold", tmp_path, "--out", tmp_path/"t.json", "--n", 5)[0] == 0
+    assert len(json.loads((tmp_path/"t.json").read_text())) == 5 and "<View>" in (tmp_path/"t.xml").read_text()
+    rows = [json.loads(l) for l in (tmp_path/"g.jsonl").read_text().splitlines()]
+    for i, r in enumerate(rows): r["better"] = "tie" if i == 0 else "a" if r["a"].startswith("good") else "b"
+    (tmp_path/"f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = call("gold", tmp_path, "--labels", tmp_path/"f.jsonl")
+    assert code == 0 and "20 pairs: people agree with the judge on 95%" in out and out.count("differs:") == 1
+    (tmp_path/"x.json").write_text("[1]"); (tmp_path/"y.jsonl").write_text("no json")
+    for words, said in (((), "give --out"), (("--labels", tmp_path/"x.json"), "no file that people filled in"), (("--labels", tmp_path/"y.jsonl"), "no file that people filled in"), (("--labels", tmp_path/"g.jsonl"), "0 rows are in both")):
+        assert said in call("gold", tmp_path, *words)[2], words
+
+def test_words_that_are_wrong_are_said_before_anything_is_loaded(tmp_path):
+    tiny_clips(tmp_path/"v")
+    assert "no engine 'spark'" in call("ingest", tmp_path/"v", "--out", tmp_path/"o", "--engine", "spark")[2] and "at least 1" in call("train", "--data", tmp_path, "--out", tmp_path/"o", "--processes", 0)[2]
+
+def test_a_training_log_becomes_a_page(tmp_path):
+    row = dict(grad_norm=1., lr=1e-3, lr_lm=1e-3, tokens=10, padding=.05, skipped=False, why="", tokens_per_s=100, mfu=.2, memory_mb=500, seconds=1.)
+    (tmp_path/"log.jsonl").write_text("".join(json.dumps(dict(row, step=i, loss=3-i/10, **(dict(val_accuracy=.5) if i in (4, 9) else {})))+"\n" for i in range(10)))
+    for f in ("recipe.json", "manifest.json"): (tmp_path/f).write_text("{}")
+    text = _train_page(tmp_path).read_text(); assert text.count("<svg") == 4 and "50.0%" in text and "2.100" in text
 
 def test_doctor_names_every_preset():
     code, out, _ = cli("doctor")

@@ -186,6 +186,10 @@ def test_a_text_that_fails_costs_itself(clips, tmp_path):
     assert caption_clips(stage, lambda c, p: "later", "m") == 1 and all(c.captions for c in load_clips(stage)), "only the one that failed is asked again"
     with pytest.raises(VideoVLMError, match="not one of 2"): caption_clips(stage, lambda c, p: 1/0, "broken")
 
+def test_long_texts_show_how_far_they_are(clips, tmp_path, capsys):
+    stage = ingest(tmp_path/"clips", tmp_path/"out", QUIET); caption_clips(stage, lambda c, p: "seen", "m"); assert "2/2" in capsys.readouterr().err
+    transcribe(stage, lambda path: [dict(start=0., end=.5, text="beep")], "tone", progress=False); assert not capsys.readouterr().err
+
 def test_same_bytes_are_one_clip(clips, tmp_path):
     (tmp_path/"clips"/"zz.mp4").write_bytes(clips[0].read_bytes())
     stage = ingest(tmp_path/"clips", tmp_path/"out", QUIET)
@@ -203,7 +207,12 @@ def test_changed_file_is_measured_again(clips, tmp_path):
 
 def test_other_config_is_refused(clips, tmp_path):
     stage = ingest(tmp_path/"clips", tmp_path/"out", QUIET)
-    with pytest.raises(VideoVLMError, match="another config"): ingest(tmp_path/"clips", stage, replace(QUIET, licence="CC0"))
+    with pytest.raises(VideoVLMError, match="another config .not the same: licence;"): ingest(tmp_path/"clips", stage, replace(QUIET, licence="CC0"))
+
+def test_a_call_that_found_nothing_binds_no_folder(clips, tmp_path):
+    (tmp_path/"none").mkdir()
+    with pytest.raises(VideoVLMError, match="no videos"): ingest(tmp_path/"none", tmp_path/"out", QUIET)
+    assert len(load_clips(ingest(tmp_path/"clips", tmp_path/"out", replace(QUIET, licence="CC0")))) == 2
 
 def test_one_process_at_a_time(clips, tmp_path):
     with data._only_one(tmp_path):

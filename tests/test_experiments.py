@@ -2,6 +2,7 @@
 import json, multiprocessing as mp
 import numpy as np, pytest
 from video_vlm import experiments as E
+from video_vlm.bench.decisions import off_policy_world
 
 AB = E.Experiment("ab", {"a": .5, "b": .5})
 
@@ -49,11 +50,7 @@ def test_aa_sequential_many_metrics_and_looks():
         wins += any(e.verdict != "unclear" for k in range(100, 1001, 100) for e in E.analyse(AB, {"variant": v[:k], **{m: x[:k] for m, x in d.items()}}, ms, cfg).effects)
     assert wins <= 6
 
-def world(n, seed, share=.3):
-    rng = np.random.default_rng(seed); x = rng.normal(size=(n, 2)); p = 1/(1+np.exp(-(x@np.array([[1., -1], [0, .5]]).T)))
-    old = np.tile([1-share/2, share/2], (n, 1)); a = (rng.random(n) > old[:, 0]).astype(int); i = np.arange(n)
-    new = np.where((p[:, 1] > p[:, 0])[:, None], [.05, .95], [.95, .05])
-    return x, a, rng.binomial(1, p[i, a]), old[i, a], new[i, a], new, (p*new).sum(1).mean()
+def world(n, seed, share=.3): return off_policy_world(n, seed, share)
 
 def test_off_policy_is_unbiased_and_covers():
     est, hits, err = 150, np.zeros(3), np.zeros(3)

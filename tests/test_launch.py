@@ -1,15 +1,19 @@
 "From stage folders to a trained model by command: data, plan, missing tokens, processes that die, ready configurations."
 import json, os, signal, subprocess, sys, time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from test_training import finish, losses, start
 from typer.testing import CliRunner
 from video_vlm.cli import app
-from video_vlm.data import IngestConfig, VideoVLMError, ingest, load_samples, save_samples
-from video_vlm.launch import Assumptions, Job, capacity, capacity_table, clip_set, estimate, launch, model_of, prepare, show_plan, worker
+from video_vlm.data import IngestConfig, VideoVLMError, ingest, load_clips, load_samples, save_samples
+from video_vlm.dedup import DedupConfig, dedup
+from video_vlm.filters import FilterConfig, Rule, filter_clips, load_refused
+from video_vlm.launch import Assumptions, Job, capacity, capacity_table, clip_set, encode_missing, estimate, launch, model_of, not_taken, prepare, show_plan, stage_clips, worker
 from video_vlm.model import base, large
+from video_vlm.scale import encode_clips
+from video_vlm.splits import SplitConfig, split
 from video_vlm.training import TrainingError, instruct, without_video
 from video_vlm.world import WorldConfig, write_world
 
@@ -44,6 +48,33 @@ def test_wrong_calls_say_what_is_right(stage, tmp_path):
     assert "connect, instruct, whole" in str(call("--data", str(stage/"00_ingest"), "--recipe", "deluxe"))
     with pytest.raises(TrainingError, match="6 of 6 clips have no stored tokens"): prepare(replace(job(stage, tmp_path/"p", encode=False), tokens=str(tmp_path/"none")))
     with pytest.raises(VideoVLMError, match="at least one"): launch(job(stage, tmp_path/"q"), 0)
+
+def test_what_a_filter_refused_is_not_trained_on_and_the_plan_says_so(stage, tmp_path):
+    ingested = load_clips(stage/"00_ingest"); bar = sorted(c.duration for c in ingested)[2]; short = {c.id for c in ingested if c.duration < bar}
+    f = filter_clips(stage/"00_ingest", tmp_path/"00b_filters", FilterConfig(progress=False, workers=1, rules=(("duration", Rule(bar)),)))
+    assert short and set(load_refused(f)) == short and load_refused(f)[next(iter(short))] == ["duration"]
+    paths = (str(stage/"00_ingest"), str(f)); assert set(stage_clips(paths)[0]) == {c.id for c in ingested}-short and not_taken(paths) == {"filter": len(short)}
+    plan = estimate(Job(instruct(**QUICK), paths, str(tmp_path/"o"))); assert f"{len(short)} not taken (filter)" in show_plan(job(stage, tmp_path), plan)
+
+def test_tokens_of_encode_are_found_and_nothing_is_encoded_again(stage, tmp_path):
+    model, processor = model_of("tiny"); model.encoder.save_pretrained(tmp_path/"03_tokens"/"encoder"); ingested = stage/"00_ingest"
+    encode_clips(ingested, tmp_path/"03_tokens"/"encoder", tmp_path/"03_tokens", progress=False, **{k: processor.sampling[k] for k in ("fps", "max_frames")})
+    j = Job(instruct(**QUICK), (str(ingested), str(tmp_path)), str(tmp_path/"05"), encode=False)
+    assert j.store.folder == tmp_path/"03_tokens"/"tokens" and encode_missing(j, processor, model.encoder, False) == {}
+
+def test_a_finished_run_of_another_recipe_or_start_is_refused(stage, tmp_path):
+    done = job(stage, tmp_path/"o"); (tmp_path/"o").mkdir(); full = lambda name, d: (tmp_path/"o"/name).write_text(json.dumps(d, default=str))
+    full("manifest.json", {}); full("recipe.json", asdict(done.recipe)); full("job.json", asdict(done)); assert launch(done) == tmp_path/"o"
+    for other in (replace(done, recipe=replace(done.recipe, steps=9)), replace(done, model="elsewhere")):
+        with pytest.raises(VideoVLMError, match="use a new folder"): launch(other)
+
+def test_held_out_clips_are_asked_while_it_trains(stage, tmp_path, monkeypatch):
+    import video_vlm.launch as l
+    given = {}; monkeypatch.setattr(l, "train", lambda *a, validate=None, **kw: given.update(validate=validate))
+    l.run_job(job(stage, tmp_path/"a")); assert given["validate"] is None
+    copies = dedup(stage/"00_ingest", tmp_path/"01", DedupConfig(progress=False, workers=1)); split(stage/"00_ingest", copies, tmp_path/"01a", SplitConfig((.4, .5, .1)))
+    l.run_job(replace(job(stage, tmp_path/"a"), data=(str(stage/"00_ingest"), str(tmp_path/"01a")))); model, _ = model_of("tiny")
+    assert 0 <= given["validate"](model, 0)["val_accuracy"] <= 1
 
 def test_two_workers_train_from_stage_folders(stage, tmp_path):
     path = prepare(job(stage, tmp_path/"two"), progress=False)

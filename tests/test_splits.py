@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np, pytest
 from video_vlm.bench.dedup import moving_discs
 from video_vlm.data import Clip, IngestConfig, VideoVLMError, ingest, load_clips, open_stage, write_video
-from video_vlm.dedup import DedupConfig, dedup
-from video_vlm.splits import (Leak, SplitConfig, assign, atoms, audit, audit_clips, benchmark_texts, decontaminate, load_removed, load_splits, side, split, text_overlap, unit_hash, _place)
+from video_vlm.dedup import DedupConfig, dedup, load_clusters
+from video_vlm.filters import FilterConfig, Rule, filter_clips
+from video_vlm.splits import (Leak, SplitConfig, assign, atoms, audit, audit_clips, benchmark_texts, decontaminate, load_removed, load_splits, side, split, text_overlap, unit_hash, _place, _spare)
 
 CFG = DedupConfig(progress=False, workers=1)
 def clip(i, **kw): return Clip(id=f"{i:05d}", uri=f"{i}.mp4", duration=4., **kw)
@@ -78,6 +79,24 @@ def test_decontamination(built, tmp_path):
     out = decontaminate(st, de, tmp_path/"out", videos=b, cfg=CFG); name = {c.id: Path(c.uri).name for c in load_clips(st)}
     assert {name[i] for i in load_removed(out)} == {"0.mp4", "0_low.mp4"} and "footage" in (out/"report.md").read_text()
     assert all(load_splits(split(st, de, tmp_path/"s", exclude=out))[i] == "" for i in load_removed(out))
+
+def test_one_clip_of_each_cluster_and_it_stays(built, tmp_path):
+    d, st, de = built; name = {Path(c.uri).name: c.id for c in load_clips(st)}; one = SplitConfig(copies=False)
+    s = load_splits(split(st, de, tmp_path/"s", one)); spare = [n for n, i in name.items() if not s[i]]
+    assert len(spare) == 2 and "1_part.mp4" in spare and spare[0].startswith("0")
+    part = name["1_part.mp4"]; first = load_splits(split(st, de, tmp_path/"t", one, exclude={name["1.mp4"]})); assert first[part] and not first[name["1.mp4"]]
+    assert _spare([c for c in load_clips(st) if c.id in (part, name["1.mp4"])], load_clusters(de), {name["1.mp4"]}, first) == {name["1.mp4"]}
+    with pytest.raises(VideoVLMError, match="another SplitConfig .copies."): split(st, de, tmp_path/"s")
+
+def test_what_a_filter_refused_goes_out_of_the_split(built, tmp_path):
+    d, st, de = built; f = filter_clips(st, tmp_path/"f", FilterConfig(progress=False, workers=1).with_rules(duration=Rule(2.5)))
+    s = load_splits(split(st, de, tmp_path/"s", exclude=f)); name = {c.id: Path(c.uri).name for c in load_clips(st)}
+    assert [name[i] for i, side in s.items() if not side] == [name[i] for i in load_removed(f)] == ["1_part.mp4"] and load_removed(f)[next(i for i in s if not s[i])] == "filter duration"
+    with pytest.raises(VideoVLMError, match="decontaminate or filter"): load_removed(de)
+
+def test_a_config_of_an_older_version_is_the_same(built, tmp_path):
+    d, st, de = built; out = split(st, de, tmp_path/"s"); c = json.loads((out/"config.json").read_text()); c.pop("copies")
+    (out/"config.json").write_text(json.dumps(c)); assert split(st, de, out) == out
 
 def test_texts_of_benchmark_files(tmp_path, shared_data):
     for f, n in (("tempcompass/questions_multi-choice.json", 50), ("nextqa/val.csv", 100)):

@@ -1,5 +1,5 @@
 "Several processes on one machine, over gloo: equal to one process, killed and resumed, a text-only rank, a rank that dies, sharding, launch by command."
-import json, os, signal, subprocess, sys, time
+import itertools, json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -57,15 +57,16 @@ def test_from_one_process_to_two_and_back_differs_by_rounding_only(curves, tmp_p
     got, a = np.array(two(R, tmp_path/"e", tmp_path)), curves[0]
     assert np.abs(got[:20]-a[:20]).max() < 1e-6 and np.abs(got-a).max() < 1e-4
 
+def dies(at):
+    "An extra loss of zero that kills its process in step `at` (0: never)."
+    steps = itertools.count(1)
+    def extra(*a):
+        if next(steps) == at: os.kill(os.getpid(), signal.SIGKILL)
+        return 0.
+    return extra
+
 def test_a_rank_that_dies_ends_the_others(tmp_path):
-    def body(rank):
-        def extra(*a):
-            extra.n += 1
-            if rank == 1 and extra.n == 4: os.kill(os.getpid(), signal.SIGKILL)
-            return 0.
-        extra.n = 0
-        one(R, tmp_path/"d", extra=extra)
-    ps = start(body, out=tmp_path)
+    ps = start(lambda rank: one(R, tmp_path/"d", extra=dies(4 if rank == 1 else 0)), out=tmp_path)
     for p in ps: p.join(400)
     assert not any(p.is_alive() for p in ps), "rank 0 waits for a dead one"
     assert ps[1].exitcode == -signal.SIGKILL and ps[0].exitcode == 1
@@ -84,14 +85,7 @@ def test_a_sharded_language_model_gives_the_same_curve(curves, tmp_path):
 def test_sharded_whole_model_killed_and_resumed_with_one_process(tmp_path):
     r = whole(steps=12, clips=4, questions=2, save_every=4, optimizer="adamw")
     a = one(r, tmp_path/"one")
-    def body(rank):
-        def extra(*a):
-            extra.n += 1
-            if extra.n == 7: os.kill(os.getpid(), signal.SIGKILL)
-            return 0.
-        extra.n = 0
-        one(r, tmp_path/"s", shard=True, extra=extra)
-    for p in start(body, out=tmp_path): p.join(300)
+    for p in start(lambda rank: one(r, tmp_path/"s", shard=True, extra=dies(7)), out=tmp_path): p.join(300)
     assert (tmp_path/"s"/"checkpoints"/"step_0000004").exists()
     assert np.abs(np.array(one(r, tmp_path/"s"))-np.array(a)).max() < 1e-3
 

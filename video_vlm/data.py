@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', 'VideoVLMError', 'MediaError', 'Limits',
            'write_video', 'tiny_clips', 'Probe', 'media_errors', 'best_video', 'display_size', 'Timeline', 'timeline',
-           'probe', 'isolated', 'content_id', 'utc_now', 'Clip', 'Sample', 'atomic_write', 'save_samples',
-           'load_samples', 'finish_stage', 'open_stage', 'nearest', 'read_small', 'parse_subtitles', 'iso',
-           'public_address', 'fetch_url', 'IngestConfig', 'Source', 'chat', 'read_annotations', 'expand', 'examine',
-           'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows', 'erased', 'as_of',
+           'probe', 'isolated', 'content_id', 'hash_folder', 'utc_now', 'Clip', 'Sample', 'atomic_write',
+           'save_samples', 'load_samples', 'finish_stage', 'open_stage', 'nearest', 'read_small', 'parse_subtitles',
+           'iso', 'public_address', 'fetch_url', 'IngestConfig', 'Source', 'chat', 'read_annotations', 'expand',
+           'examine', 'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows', 'erased', 'as_of',
            'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe', 'datasheet']
 
 # %% ../nbs/00_data.ipynb #3a4c3924
@@ -425,6 +425,15 @@ def isolated(fn, *args, timeout_s:float=30., memory_bytes:int=4<<30, **kw):
 def content_id(path) -> str:
     "sha256 (hex) of the bytes of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def hash_folder(folder) -> str:
+    "sha256 (hex) over the relative names, the sizes and the bytes of all files below a folder: the identity of a checkpoint."
+    h = hashlib.sha256()
+    for p in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        h.update(f"{p.relative_to(folder).as_posix()}\0{p.stat().st_size}\0".encode())
+        with open(p, "rb") as f:
+            while b := f.read(1<<20): h.update(b)
+    return h.hexdigest()
 
 def utc_now() -> str:
     "Now as an ISO string in UTC, to the second: how all dates of this package are written."
@@ -1068,11 +1077,13 @@ def _measure(sources, out, cfg, bar, engine=None, attempts=3) -> tuple:
     return [done[_local(s, out)] for s in sources], sum(begun.values()) + len(todo)
 
 # %% ../nbs/00_data.ipynb #a3576363
-def _check_config(out, cfg):
-    "A stage folder belongs to one config: another one would mix rows that were judged differently."
+def _check_config(out, cfg, write=False):
+    "A stage folder belongs to one config, from the first file that is found: another one would mix rows that were judged differently."
     f, mine = out/"config.json", json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("workers", "progress")}))
-    if f.exists() and json.loads(f.read_text()) != mine: raise VideoVLMError(f"{out} was made with another config (see {f.name}): use another folder, or remove this one")
-    with atomic_write(f) as g: json.dump(mine, g, indent=1)
+    odd = [k for k, v in mine.items() if json.loads(f.read_text()).get(k) != v] if f.exists() else []
+    if odd: raise VideoVLMError(f"{out} was made with another config (not the same: {', '.join(odd)}; see {f.name}): use another folder, or remove this one")
+    if write:
+        with atomic_write(f) as g: json.dump(mine, g, indent=1)
 
 def ingest(source, out, cfg:IngestConfig=IngestConfig(), engine=None) -> Path:
     """Probe, hash and list every video of `source` (see `expand`); returns the stage folder. Run it again after a crash, or with more files: it goes on where it was.
@@ -1083,6 +1094,7 @@ def ingest(source, out, cfg:IngestConfig=IngestConfig(), engine=None) -> Path:
     with _only_one(out):
         sources, samples = expand(source, out, cfg)
         if not sources: raise VideoVLMError(f"no videos in {source}: expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, .tar shards or an annotation file")
+        _check_config(out, cfg, write=True)
         return _finish(source, out, samples, _ingest_new(sources, out, cfg, engine))
 
 @contextmanager
@@ -1210,20 +1222,21 @@ def _more_text(folder) -> dict:
         for r in pq.read_table(f, partitioning=None).to_pylist(): out.setdefault(r["id"], []).append(r)
     return out
 
-def _add_each(folder, clips, make, batch=32) -> dict:
+def _add_each(folder, clips, make, what, progress=True, batch=32) -> dict:
     "Add the rows that `make(clip)` returns, a batch at a time, so that a killed run keeps what it has; a clip that fails costs itself. Returns counts."
+    from tqdm import tqdm
     done, rows, error = 0, [], None
-    for i, c in enumerate(clips):
+    for i, c in enumerate(tqdm(clips, desc=what, unit="clip", disable=not (progress and clips))):
         try: rows += make(c); done += 1
         except Exception as e: error = e
         if len(rows) >= batch or i == len(clips)-1: add_text(folder, rows); rows = []
     if clips and not done: raise VideoVLMError(f"not one of {len(clips)} clips got a text: {type(error).__name__}: {error}") from error
     return dict(done=done, failed=len(clips)-done)
 
-def caption_clips(folder, answer, by:str, prompt:str="Describe this video in one sentence.") -> int:
+def caption_clips(folder, answer, by:str, prompt:str="Describe this video in one sentence.", progress:bool=True) -> int:
     "Add a synthetic caption to every clip that has none by `by`, from any `answer(clip, prompt) -> str`; returns to how many. Those that failed are taken up by the next call."
     todo = [c for c in load_clips(folder) if all(o["by"] != by for o in c.captions)]
-    return _add_each(folder, todo, lambda c: [dict(id=c.id, text=t, by=by)] if (t := answer(c, prompt)) else [])["done"]
+    return _add_each(folder, todo, lambda c: [dict(id=c.id, text=t, by=by)] if (t := answer(c, prompt)) else [], "caption", progress)["done"]
 
 # %% ../nbs/00_data.ipynb #0af77b53
 def whisper(model_folder, **kw):
@@ -1237,10 +1250,10 @@ def whisper(model_folder, **kw):
         return [dict(start=w.start, end=w.end, text=w.word.strip()) for s in segments for w in s.words or []]
     return run
 
-def transcribe(folder, asr, by:str) -> dict:
+def transcribe(folder, asr, by:str, progress:bool=True) -> dict:
     "Add what `asr(path)` hears ([{start, end, text}], seconds) to every clip with audio; `asr=None` records that there was none. Returns counts."
     clips = load_clips(folder); heard = [c for c in clips if c.has_audio]; todo = [c for c in heard if all(s["by"] != by for s in c.transcript)]
-    said = dict(done=0, failed=0) if asr is None else _add_each(folder, todo, lambda c: [dict(s, id=c.id, by=by) for s in asr(c.uri)])
+    said = dict(done=0, failed=0) if asr is None else _add_each(folder, todo, lambda c: [dict(s, id=c.id, by=by) for s in asr(c.uri)], "transcribe", progress)
     counts = dict(no_audio=len(clips)-len(heard), had=len(heard)-len(todo), no_asr=0 if asr else len(todo), transcribed=said["done"], failed=said["failed"])
     counts = {k: v for k, v in counts.items() if v}
     with atomic_write(Path(folder)/"transcripts.json") as f: json.dump(dict(by=by, asr="missing" if asr is None else "present", **counts), f)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np
-from .data import Sample, VideoVLMError, content_id
+from .data import Sample, VideoVLMError, atomic_write, content_id, hash_folder
 
 # %% ../nbs/07_evaluation.ipynb #df67188a
 class EvaluationError(VideoVLMError):
@@ -616,8 +616,7 @@ def _read_answers(path):
     return out
 
 def _write_json(path, obj):
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str), "utf8"); os.replace(tmp, path)
+    with atomic_write(path) as f: json.dump(obj, f, indent=1, ensure_ascii=False, default=str)
 
 # %% ../nbs/07_evaluation.ipynb #2ead5206
 def batched(fn):
@@ -703,10 +702,9 @@ def _finish(task, preds, items, prompts, folder, cfg, plan, model, train, meta, 
     summ["contamination"] = {k: v for k, v in found.items() if k != "ids"} | {"clean": accuracy(clean).to_dict("accuracy") if found["n"] and clean else None}
     if any(p.options for p in preds): summ["position_bias"] = position_bias(preds)
     if folder:
-        with open(folder / ".predictions.tmp", "w", encoding="utf8") as f: f.writelines(json.dumps(asdict(p), ensure_ascii=False, default=str) + "\n" for p in preds)
-        os.replace(folder / ".predictions.tmp", folder / "predictions.jsonl")
+        with atomic_write(folder / "predictions.jsonl") as f: f.writelines(json.dumps(asdict(p), ensure_ascii=False, default=str) + "\n" for p in preds)
         _write_json(folder / "summary.json", summ); _write_json(folder / "config.json", asdict(cfg))
-        files = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("predictions.jsonl", "summary.json", "config.json")}
+        files = {n: content_id(folder / n) for n in ("predictions.jsonl", "summary.json", "config.json")}
         _write_json(folder / "manifest.json", {"stage": "evaluation", "task": task.name, "source": task.source, "items": _hash([asdict(i) for i in items]), "prompts": _hash(prompts),
             "model": str(model), "plan": plan, "config": asdict(cfg), "counts": {"items": len(items), "asked": asked, "errors": sum(bool(p.error) for p in preds)}, "files": files,
             "contaminated_ids": found["ids"], "environment": environment(), "argv": sys.argv, "started": started, "seconds": time.time() - started, **(meta or {})})
@@ -749,12 +747,8 @@ def openai_answer(base_url, model, api_key="none", max_tokens=64, timeout=120., 
 
 # %% ../nbs/07_evaluation.ipynb #3937c0ea
 def checkpoint_fingerprint(folder):
-    "sha256 over names and bytes of a checkpoint's files; other strings (hub ids) stand for themselves."
-    folder, h = Path(folder), hashlib.sha256()
-    if not folder.is_dir(): return str(folder)
-    for f in sorted(p for p in folder.rglob("*") if p.is_file()):
-        h.update(str(f.relative_to(folder)).encode()); h.update(f.read_bytes())
-    return h.hexdigest()
+    "`hash_folder` of a checkpoint (names, sizes and bytes of its files); other strings (hub ids) stand for themselves."
+    return hash_folder(folder) if Path(folder).is_dir() else str(folder)
 
 # %% ../nbs/07_evaluation.ipynb #27d06e70
 def span_asked(item):

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'PICTURE', 'TEXT', 'VERSIONS', 'RECOGNISERS', 'Rule', 'FilterConfig', 'picture_scores', 'find_emails',
            'find_phones', 'find_persons', 'find_pii', 'redact', 'language_scores', 'clip_texts', 'text_scores',
            'calibrate', 'pick_threshold', 'siglip_agreement', 'measure', 'decide', 'funnel', 'filter_clips',
-           'load_kept', 'plot_funnel', 'funnel_report']
+           'load_kept', 'load_refused', 'plot_funnel', 'funnel_report']
 
 # %% ../nbs/00b_filters.ipynb #1ccc64fe
 import hashlib, json, re
@@ -225,6 +225,13 @@ def load_kept(out) -> list:
     "Ids of the clips that no filter refused."
     open_stage(out); rows = _read(Path(out)/"decisions.parquet"); bad = {r["id"] for r in rows if not r["ok"]}
     return sorted({r["id"] for r in rows} - bad)
+
+def load_refused(out) -> dict:
+    "Clip id -> names of the filters that refused it."
+    open_stage(out); bad = {}
+    for r in _read(Path(out)/"decisions.parquet"):
+        if not r["ok"]: bad.setdefault(r["id"], []).append(r["filter"])
+    return bad
 
 # %% ../nbs/00b_filters.ipynb #2bf1d973
 def plot_funnel(out):

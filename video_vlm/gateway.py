@@ -7,7 +7,7 @@ __all__ = ['BUCKETS', 'PANELS', 'SCHEMA', 'SUFFIX', 'UNSAFE', 'QUIET', 'ROUTES',
            'as_api_error', 'replace_paths', 'Metrics', 'span', 'begin_span', 'grafana_dashboard', 'Book', 'Jobs',
            'hash_key', 'make_key', 'list_keys', 'revoke_key', 'tenant_of', 'bill', 'usage_report', 'Media', 'MediaBox',
            'keep_last', 'check_image', 'read_image', 'file_facts', 'Verdict', 'word_check', 'skin_check', 'Safety',
-           'run_check', 'cascade', 'llama_guard', 'load_safety', 'cascade_guard', 'VideoUrl', 'Segment', 'Part',
+           'run_check', 'cascade', 'llama_guard', 'load_safety', 'cascade_guard', 'Look', 'VideoUrl', 'Segment', 'Part',
            'Message', 'ChatRequest', 'parts_of_message', 'plain_messages', 'stops_of', 'texts_of', 'spoken_in',
            'schema_of', 'Hooks', 'count_short', 'extension', 'Gateway', 'Prepared', 'SpannedEncoder', 'Answer', 'sse',
            'Turn', 'job_body', 'Cancelled', 'sign', 'post_webhook', 'call_webhook', 'forget', 'sweep', 'Body', 'Guard',
@@ -517,14 +517,17 @@ def cascade_guard(url, model="guard"):
     return both
 
 # %% ../nbs/09a_gateway.ipynb #68ba1452
-class VideoUrl(BaseModel):
-    "Where a video is, and which part of it to look at."
+class Look(BaseModel):
+    "Which part of a video to look at, and how closely; fields that we do not know are ignored."
     model_config = ConfigDict(extra="ignore")
-    url:str
     fps:float|None = Field(None, gt=0, le=120)
     start:float|None = Field(None, ge=0)
     end:float|None = Field(None, gt=0)
     max_frames:int|None = Field(None, ge=1, le=100_000)
+
+class VideoUrl(Look):
+    "Where a video is, and which part of it to look at."
+    url:str
 
 class Segment(BaseModel):
     "Something said: from second, to second, words."
@@ -548,9 +551,8 @@ class Message(BaseModel):
     content:str|list[Part]|None = None
 
 # %% ../nbs/09a_gateway.ipynb #f928eb03
-class ChatRequest(BaseModel):
+class ChatRequest(Look):
     "The body of /v1/chat/completions."
-    model_config = ConfigDict(extra="ignore")
     model:str = ""
     messages:list[Message] = Field(min_length=1, max_length=1000)
     stream:bool = False
@@ -565,10 +567,6 @@ class ChatRequest(BaseModel):
     response_format:dict|None = None
     user:str|None = Field(None, max_length=512)
     store:bool|None = None # The request may be kept for the flywheel
-    fps:float|None = Field(None, gt=0, le=120)
-    start:float|None = Field(None, ge=0)
-    end:float|None = Field(None, gt=0)
-    max_frames:int|None = Field(None, ge=1, le=100_000)
 
 # %% ../nbs/09a_gateway.ipynb #7be2ca56
 def parts_of_message(m:Message):
@@ -1432,15 +1430,10 @@ def upload_routes(app, gw):
 ROUTES.append(upload_routes)
 
 # %% ../nbs/09a_gateway.ipynb #680a8133
-class IndexRequest(BaseModel):
+class IndexRequest(Look):
     "The body of /v1/videos: index a video before it is asked about."
-    model_config = ConfigDict(extra="ignore")
     url:str = "" # http(s), data:, file:// or the id of an uploaded file
     file_id:str = ""
-    fps:float|None = Field(None, gt=0, le=120)
-    start:float|None = Field(None, ge=0)
-    end:float|None = Field(None, gt=0)
-    max_frames:int|None = Field(None, ge=1, le=100_000)
     webhook:dict|None = None # {"url": ..., "secret": ...}
     captions:list[str] = Field([], max_length=100) # What is known about the video, for search by words
     transcript:list[Segment] = Field([], max_length=100_000) # What is said in it

@@ -11,10 +11,10 @@ __all__ = ['VIDEO', 'SPECIAL', 'CHAT_TEMPLATE', 'SPLIT', 'ROLES', 'TRANSCRIPT', 
            'encode_chat', 'truncate', 'VideoVLMProcessor', 'stack_tokens', 'is_chat', 'n_videos', 'register_auto',
            'Row', 'prefix_key', 'pack', 'sees', 'block_mask', 'training_rows', 'collate_rows', 'pack_rows',
            'row_batches', 'row_tensors', 'fill_rows', 'generate_rows', 'ask_messages', 'drop_modality', 'as_list',
-           'stop_ids', 'answer_batch', 'answer', 'limits_of', 'plan_question', 'answered', 'score_rows', 'score_batch',
-           'choose_batch', 'choose', 'fit_temperature', 'parse_spans', 'caption', 'ground', 'caption_scores', 'chat',
-           'embed_tokens', 'embed_text', 'embed', 'lora_targets', 'lora_layers', 'add_lora', 'use_adapter',
-           'merge_lora', 'write_atomic', 'lora_state', 'save_adapter', 'load_adapter', 'merged_state',
+           'stop_ids', 'answer_batch', 'answer', 'limits_of', 'plan_question', 'answered', 'branch_logps',
+           'score_batch', 'choose_batch', 'choose', 'fit_temperature', 'parse_spans', 'caption', 'ground',
+           'caption_scores', 'chat', 'embed_tokens', 'embed_text', 'embed', 'lora_targets', 'lora_layers', 'add_lora',
+           'use_adapter', 'merge_lora', 'write_atomic', 'lora_state', 'save_adapter', 'load_adapter', 'merged_state',
            'save_checkpoint', 'assemble', 'cache_folder', 'unpack_gguf', 'load_smollm2', 'sampling_of', 'tiny', 'smol',
            'base', 'large', 'preset_size', 'load_language_model', 'save_light', 'load_light', 'load_model']
 
@@ -698,16 +698,16 @@ def answered(processor, tokens, question, ans: str) -> Encoded:
     enc.labels[:n] = [-100] * n
     return enc
 
-@torch.no_grad()
-def score_rows(model, rows: Sequence[Row]) -> torch.Tensor:
-    "Log-likelihood of the labelled ids of every conversation, `[rows, most conversations]`."
-    t = row_tensors(rows, 0, model.device)
+def branch_logps(model, rows: Sequence[Row], pad_id: int = 0, device=None):
+    "Log-likelihood of the labelled ids of every conversation, and how many there are, both `[rows, most conversations]`; with gradients."
+    t = row_tensors(rows, pad_id, device or model.device)
     vis, keep = [v for r in rows for v in r.videos], answer_positions(t["labels"])
     logits = model(input_ids=t["ids"], attention_mask=block_mask(t["block"], t["branch"]), position_ids=t["positions"],
                    visual_tokens=stack_tokens(vis) if vis else None, logits_to_keep=keep).logits
     target, owner = t["labels"][:, keep + 1], t["owner"][:, keep + 1].clamp(min=0)
     logp = -F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=-100, reduction="none")
-    return torch.zeros(len(rows), max(len(r.ends) for r in rows), device=model.device).scatter_add_(1, owner, logp).cpu()
+    zero = logp.new_zeros(len(rows), max(len(r.ends) for r in rows))
+    return zero.scatter_add(1, owner, logp), zero.scatter_add(1, owner, (target != -100).to(logp.dtype))
 
 # %% ../nbs/04_model.ipynb #6f710ab1
 def score_batch(model, processor, items, batch_tokens: int = 6144) -> list[tuple[float, int]]:
@@ -716,7 +716,8 @@ def score_batch(model, processor, items, batch_tokens: int = 6144) -> list[tuple
     scores = [(0., sum(i >= 0 for i in e.labels)) for e in encs]
     if was: model.eval()
     for batch in row_batches(pack_rows(encs), batch_tokens):
-        for (_, members), logp in zip(batch, score_rows(model, [r for r, _ in batch]).tolist()):
+        with torch.no_grad(): logps, _ = branch_logps(model, [r for r, _ in batch])
+        for (_, members), logp in zip(batch, logps.tolist()):
             for i, lp in zip(members, logp): scores[i] = (lp, scores[i][1])
     if was: model.train()
     return scores

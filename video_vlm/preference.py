@@ -8,8 +8,8 @@ __all__ = ['CRITIQUE', 'REVISE', 'UNSURE', 'COMPARE', 'GOLD_CONFIG', 'Preference
            'revise', 'claim_question', 'claim_checker', 'tell', 'without', 'by_score', 'fact_score', 'claim_score',
            'ask_judge', 'fair', 'verdict', 'swap_test', 'Pair', 'make_pair', 'save_pairs', 'load_pairs', 'draw_pairs',
            'gold_rows', 'save_gold', 'load_gold', 'agreement', 'label_rows', 'PreferenceRecipe', 'dpo', 'ipo', 'kto',
-           'pair_losses', 'PairSet', 'pair_set', 'step_pairs', 'pair_rows', 'branch_logps', 'preference_loss',
-           'prefer_step', 'prefer', 'plot_preference', 'align', 'show_captions', 'file_tokens', 'prefer_files']
+           'pair_losses', 'PairSet', 'pair_set', 'step_pairs', 'pair_rows', 'preference_loss', 'prefer_step', 'prefer',
+           'plot_preference', 'align', 'show_captions', 'file_tokens', 'prefer_files']
 
 # %% ../nbs/05a_preference.ipynb #5afb692c
 import hashlib, json, math, random, re, time
@@ -22,8 +22,7 @@ import torch
 from torch.nn import functional as F
 from .data import VideoVLMError, atomic_write, finish_stage, probe
 from .frames import plan_frames, read_frames_safely
-from .model import answer_batch, answer_positions, answered, block_mask, choose_batch, load_model, merge_lora, pack, row_tensors
-from .model import save_adapter, save_checkpoint, stack_tokens, use_adapter
+from .model import answer_batch, answered, branch_logps, choose_batch, load_model, merge_lora, pack, save_adapter, save_checkpoint, use_adapter
 from .store import TokenStore, visual_tokens
 from .training import Recipe, TrainingError, load_state, make_accelerator, make_optimizers, rate, same_start, save_state, step_clips, sum_gradients
 from .world import CAPTIONS, COLOURS, DIRECTIONS, SHAPES, VERBS, base_form
@@ -402,17 +401,6 @@ def pair_rows(groups, tokens, processor, others=()):
         said = [(p.prompt, t) for p in group for t in (p.chosen, p.rejected)]+list(others[k] if others else ())
         rows.append(pack([answered(processor, video, q, t) for q, t in said]))
     return rows
-
-def branch_logps(model, rows, pad_id, device):
-    "Log-likelihood of every branch's answer and its tokens, both `[rows, most branches]`, with gradients (`score_rows` of stage 04 is the same without)."
-    t = row_tensors(rows, pad_id, device)
-    vis, keep = [v for r in rows for v in r.videos], answer_positions(t["labels"])
-    logits = model(input_ids=t["ids"], attention_mask=block_mask(t["block"], t["branch"]), position_ids=t["positions"],
-                   visual_tokens=stack_tokens(vis) if vis else None, logits_to_keep=keep).logits
-    target, owner = t["labels"][:, keep+1], t["owner"][:, keep+1].clamp(min=0)
-    logp = -F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=-100, reduction="none")
-    zero = logp.new_zeros(len(rows), max(len(r.ends) for r in rows))
-    return zero.scatter_add(1, owner, logp), zero.scatter_add(1, owner, (target != -100).to(logp.dtype))
 
 # %% ../nbs/05a_preference.ipynb #63f2a2cb
 def _reference(model, rows, pad_id, device):

@@ -6,22 +6,23 @@
 __all__ = ['CONTROLS', 'START', 'STEPS', 'GUARDRAILS', 'ReleaseError', 'GateConfig', 'read_field', 'score_of', 'Guard',
            'guards_by', 'guards_for', 'tiny_predictions', 'load_predictions', 'pair', 'clip_sums', 'paired_interval',
            'se_needed', 'clips_needed', 'questions_needed', 'worst_flips', 'adjusted_p', 'SliceResult', 'GateDecision',
-           'gate', 'plot_gate', 'png', 'poster', 'page', 'table', 'gate_html', 'simulate_gate', 'hash_folder',
+           'gate', 'plot_gate', 'png', 'poster', 'page', 'table', 'gate_html', 'simulate_gate', 'checkpoint_hash',
            'write_text', 'whoami', 'Registry', 'route', 'Router', 'show_registry', 'list_versions', 'show_version',
            'promote', 'rollback', 'preview', 'mixture_rho', 'sequence_radius', 'Guardrail', 'CanaryConfig',
            'share_evidence', 'clustered_share', 'judge_guardrail', 'CanaryVerdict', 'judge_canary', 'run_canary',
-           'simulate_canary', 'compare_shadow']
+           'simulate_canary', 'step_rows', 'watch', 'compare_shadow']
 
 # %% ../nbs/08_release.ipynb #dee09154
 import base64, hashlib, html, io, json, os, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import NormalDist
 import numpy as np
 from fastcore.basics import patch
-from .data import VideoVLMError, atomic_write, utc_now
+from .data import VideoVLMError, atomic_write, hash_folder, utc_now
 from .evaluation import Prediction, clustered_interval, clustered_se, load_run
 from .splits import unit_hash
 
@@ -336,16 +337,10 @@ def simulate_gate(n=400, clips=200, slices=8, q=1, churn=0.02, fall=0., spread=1
     return blocked/n, caught/n
 
 # %% ../nbs/08_release.ipynb #dacc8172
-def hash_folder(folder)->str:
-    "sha256 over the relative names and bytes of all files: the identity of a checkpoint."
-    folder, h = Path(folder), hashlib.sha256()
-    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-    if not files: raise ReleaseError(f"no checkpoint in {folder}; expected a folder with model files")
-    for p in files:
-        h.update(f"{p.relative_to(folder).as_posix()}\0{p.stat().st_size}\0".encode())
-        with p.open("rb") as f:
-            while b := f.read(1<<20): h.update(b)
-    return h.hexdigest()
+def checkpoint_hash(folder)->str:
+    "`hash_folder` of a checkpoint; `ReleaseError` where there is none."
+    if not any(p.is_file() for p in Path(folder).rglob("*")): raise ReleaseError(f"no checkpoint in {folder}; expected a folder with model files")
+    return hash_folder(folder)
 
 def write_text(path, text):
     "Write a text file so that a reader sees the old or the new one, never half."
@@ -454,7 +449,7 @@ def _card(self:Registry, doc):
 @patch
 def register(self:Registry, checkpoint, recipe=None, data="", reports=None, parent=None, who=None, notes="")->int:
     "Add a checkpoint folder as a candidate; the same bytes are registered once. Returns the version number."
-    h = hash_folder(checkpoint)
+    h = checkpoint_hash(checkpoint)
     with self.lock():
         for r in self.versions():
             if r["hash"] == h: return r["version"]
@@ -472,7 +467,7 @@ def attach(self:Registry, version, name, report):
 @patch
 def verify(self:Registry, version):
     "Raise `ReleaseError` when the files of a version are not those that were registered."
-    r = self.get(version); h = hash_folder(r["checkpoint"])
+    r = self.get(version); h = checkpoint_hash(r["checkpoint"])
     if h != r["hash"]: raise ReleaseError(f"version {version}: {r['checkpoint']} has changed since it was registered ({r['hash'][:12]} is now {h[:12]})")
 
 # %% ../nbs/08_release.ipynb #f31918f2
@@ -645,6 +640,26 @@ def simulate_canary(n=300, looks=30, per_look=2000, share=0.1, live=0.01, canary
     for p0 in (kl/nl + sequence_radius(se, 2*alpha, cfg.planned_se) + g.margin, *([g.limit] if g.limit else [])): bad |= share_evidence(kc, nc, p0) > -np.log(alpha)
     first = bad.argmax(1)[bad.any(1)]+1
     return float(bad.any(1).mean()), float(np.median(first)) if len(first) else None
+
+# %% ../nbs/08_release.ipynb #42bd1ad4
+def step_rows(rows, state, before_s=86400.)->list:
+    "Rows of a request log that count for the step of `state`: the canary's since it began, live's since `before_s` seconds earlier."
+    since = datetime.fromisoformat(state["since"])
+    begin = dict(canary=since, live=since-timedelta(seconds=before_s))
+    mine = lambda r: (v := r.get("variant")) in begin and r.get("version") == state[v] and datetime.fromisoformat(r["at"]) >= begin[v]
+    return [r for r in rows if mine(r)]
+
+def watch(reg, rows, every=60., cfg=CanaryConfig(), looks=None, say=print, wait=time.sleep):
+    "Judge the canary on `rows()` every `every` seconds until it is live or gone, at most `looks` times; returns the last `CanaryVerdict`, or None where there is no canary."
+    verdict, n = None, 0
+    while (s := reg.state())["canary"] is not None:
+        n += 1
+        try: verdict = run_canary(reg, step_rows(rows(), s), cfg, who="watch"); said = f"{verdict.action}: {'; '.join(verdict.reasons)}"
+        except ReleaseError as e: said = str(e)     # a person was quicker
+        say(f"version {s['canary']} at {s['percent']}%: {said}")
+        if n == looks: break
+        if reg.state()["canary"] is not None: wait(every)
+    return verdict
 
 # %% ../nbs/08_release.ipynb #104f52cb
 @patch

@@ -152,9 +152,8 @@ def render_page(title, sections, out_html, subtitle="", footer="video_vlm"):
         for b in s["blocks"]:
             if b["kind"] == "figure": b["svg"] = Markup(b["svg"])
     text = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE).render(title=title, subtitle=subtitle, sections=[{"title": "", "note": ""} | s for s in sections], css=Markup(_CSS), footer=footer)
-    out = Path(out_html); out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}"); tmp.write_text(text, "utf8"); os.replace(tmp, out)
-    return out
+    with atomic_write(out_html) as f: f.write(text)
+    return Path(out_html)
 
 # %% ../nbs/07c_report.ipynb #042dad88
 def percent(x, digits=1): return "–" if x is None else f"{100 * x:.{digits}f}%"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from .data import IngestConfig, VideoVLMError, atomic_write, finish_stage, ingest, load_clips, open_stage
 from .dedup import DedupConfig, Signature, _file, _Union, _words, _write_table, compare, dedup, load_clusters, lookup, same_text, signatures
+from .filters import load_refused
 
 # %% ../nbs/01a_splits.ipynb #23c39b78
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SplitConfig:
     stratify:tuple = () # Names of clip fields (or flags "key=value") whose shares should be alike in all splits
     by_time:bool = False # Oldest clips train, newest test; by `collected_at`
     before:tuple = () # With `by_time`: ISO dates (end of train, end of val); () takes them from the fractions
+    copies:bool = True # False: one clip of each cluster is used, the one that dedup keeps; the others get ''
     def __post_init__(self):
         if len(self.fractions) != 3 or abs(sum(self.fractions)-1) > 1e-6 or min(self.fractions) < 0:
             raise VideoVLMError(f"SplitConfig.fractions: three shares that add up to 1, not {self.fractions}")
@@ -151,13 +153,14 @@ def split(ingest_folder, dedup_folder, out, cfg:SplitConfig=SplitConfig(), exclu
     """Assign every clip of an ingest folder to a side; writes `splits.parquet` (id, split, atom) and returns `out`.
 
     Run again on a grown folder, clips keep their split. A clip that would tie two sides together gets '' and is not used; so do the ids in
-    `exclude` (a set, or a folder of `decontaminate`). Raises `VideoVLMError` if `out` was made with another config.
+    `exclude` (a set, or a folder of `decontaminate` or of the filters). Raises `VideoVLMError` if `out` was made with another config.
     """
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    clips, clusters = load_clips(ingest_folder), load_clusters(dedup_folder); same = json.loads(json.dumps(asdict(cfg))); f = out/"config.json"
-    if f.exists() and json.loads(f.read_text()) != same: raise VideoVLMError(f"{out} was made with another SplitConfig: use another folder")
-    gone = set(load_removed(exclude)) if isinstance(exclude, (str, Path)) else set(exclude)
+    clips, clusters = load_clips(ingest_folder), load_clusters(dedup_folder); gone = set(load_removed(exclude)) if isinstance(exclude, (str, Path)) else set(exclude)
+    out = Path(out); out.mkdir(parents=True, exist_ok=True); same = json.loads(json.dumps(asdict(cfg))); f = out/"config.json"
+    before = {**json.loads(json.dumps(asdict(SplitConfig()))), **json.loads(f.read_text())} if f.exists() else same      # an older one lacks the newer fields
+    if odd := [k for k in same if before.get(k) != same[k]]: raise VideoVLMError(f"{out} was made with another SplitConfig ({', '.join(odd)}): use another folder")
     old = load_splits(out) if (out/"manifest.json").exists() else {}
+    if not cfg.copies: gone |= _spare([c for c in clips if c.id not in gone], clusters, _kept(dedup_folder), old)
     rows = _place([c for c in clips if c.id not in gone], atoms(clips, clusters, cfg), cfg, old) + [dict(id=c.id, atom="", split="") for c in clips if c.id in gone]
     with atomic_write(f) as h: json.dump(same, h, indent=1)
     _write_table(out/"splits.parquet", rows, ["id", "split", "atom"])
@@ -177,6 +180,19 @@ def load_splits(folder) -> dict:
     import pyarrow.parquet as pq
     open_stage(folder); t = pq.read_table(Path(folder)/"splits.parquet")
     return dict(zip(t["id"].to_pylist(), t["split"].to_pylist()))
+
+# %% ../nbs/01a_splits.ipynb #ffcd0fcc
+def _kept(dedup_folder):
+    "Ids that dedup would keep, one of each cluster."
+    import pyarrow.parquet as pq
+    t = pq.read_table(Path(dedup_folder)/"clusters.parquet")
+    return {i for i, k in zip(t["id"].to_pylist(), t["keep"].to_pylist()) if k}
+
+def _spare(clips, clusters, kept, old):
+    "Ids beyond one of each cluster: a clip that is used already stays, else the one that dedup keeps, else the longest."
+    best = {}
+    for c in clips: k = clusters.get(c.id, c.id); best[k] = max(best.get(k, ()), (bool(old.get(c.id)), c.id in kept, c.duration, c.id))
+    return {c.id for c in clips} - {b[-1] for b in best.values()}
 
 # %% ../nbs/01a_splits.ipynb #8af5b34d
 def _bytes_leaks(stage, split):
@@ -267,9 +283,12 @@ def _removed_report(rows, clips):
     return head + "".join(f"| {cell(uri.get(r['id'], r['id']))} | {r['reason']} | {cell(r['match'])} | {cell(r['detail'])} |\n" for r in rows)
 
 def load_removed(folder) -> dict:
-    "Clip id -> reason of a folder of `decontaminate`."
+    "Clip id -> reason of a folder of `decontaminate`, or of the filters."
     import pyarrow.parquet as pq
-    open_stage(folder); t = pq.read_table(Path(folder)/"removed.parquet")
+    open_stage(folder); f = Path(folder)/"removed.parquet"
+    if (Path(folder)/"decisions.parquet").is_file(): return {i: f"filter {' '.join(names)}" for i, names in load_refused(folder).items()}
+    if not f.is_file(): raise VideoVLMError(f"{folder} says of no clip that it must go: expected a folder that decontaminate or filter wrote")
+    t = pq.read_table(f)
     return dict(zip(t["id"].to_pylist(), t["reason"].to_pylist()))
 
 # %% ../nbs/01a_splits.ipynb #2f5a270a

@@ -54,7 +54,7 @@ class Recipe:
     save_every:int = 100 # Steps between checkpoints
     keep:int = 2 # Newest checkpoints kept
     keep_every:int = 0 # Checkpoints at multiples of this are kept to the end of the run
-    validate_every:int = 0 # Steps between validations
+    validate_every:int = 0 # Steps between validations; 0: at every checkpoint, where there is something to validate on
 
 def connect(**kw): return replace(Recipe(name="connect", trains=("projector",), projector_lr=2e-3, steps=100), **kw)
 def instruct(**kw): return replace(Recipe(name="instruct", trains=("projector", "lora"), lr=2e-4, projector_lr=5e-4, mix=(("video", .88), ("text", .12))), **kw)
@@ -571,7 +571,7 @@ def _loop(acc, model, opts, processor, data, recipe, out, rows, start, extra, pr
     "The steps of a run from `start`; `rows` is the log so far."
     from tqdm import tqdm
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=recipe.name, disable=not (progress and acc.is_main_process))
-    meter, micro, main = Meter(model, recipe, acc), rows[-1].get("micro", 0) if rows else 0, acc.is_main_process
+    meter, micro, main, every = Meter(model, recipe, acc), rows[-1].get("micro", 0) if rows else 0, acc.is_main_process, recipe.validate_every or recipe.save_every
     with open(out/"log.jsonl" if main else os.devnull, "a") as log:
         for step in bar:
             torch.manual_seed(recipe.seed*1_000_003+step)
@@ -580,7 +580,7 @@ def _loop(acc, model, opts, processor, data, recipe, out, rows, start, extra, pr
             row, micro = meter(row, mine), row["micro"]
             rows.append(row)
             if recipe.patience and len(rows) >= recipe.patience and all(r["skipped"] and "restored" not in r for r in rows[-recipe.patience:]): row["restored"] = _give_up(recipe, rows, step, opts, model, out)
-            if validate and recipe.validate_every and (step+1) % recipe.validate_every == 0: row.update(_validated(validate, model, step, main))
+            if validate and (step+1) % every == 0: row.update(_validated(validate, model, step, main))
             if main: _report(row, log, bar, acc, trackers)
             if (step+1) % recipe.save_every == 0 and (main or is_sharded(model)): save_state(model, opts, step+1, out/"checkpoints", recipe.keep, recipe.keep_every, main)
 
@@ -597,5 +597,6 @@ def _report(row, log, bar, acc, trackers):
     try: log.write(json.dumps(row)+"\n"); log.flush()
     except OSError as e: raise DiskFull(f"{log.name} cannot be written ({e}): make room and run the same command again; it goes on from the last checkpoint") from None
     bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.1e}", norm=f"{row['grad_norm']:.2f}", tok_s=row["tokens_per_s"], pad=f"{row['padding']:.0%}", mfu=f"{row['mfu']:.0%}", MiB=row["memory_mb"], refresh=False)
+    if "val_accuracy" in row: bar.write(f"step {row['step']}: {row['val_accuracy']:.0%} of the validation questions answered word for word")
     if row["skipped"]: bar.write(f"step {row['step']} left out: {row['why']} (loss {row['loss']:.3f}, gradient {row['grad_norm']:.2f})"+(f"; restored step {row['restored']}" if "restored" in row else ""))
     if trackers: acc.log({k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}, step=row["step"])

@@ -7,13 +7,14 @@ __all__ = ['FRAMES', 'RATE', 'MOST', 'CONTENDERS', 'window_of', 'patches_of', 'R
            'contender', 'learn', 'marks', 'draws', 'scores', 'interval', 'compare', 'pool_cost', 'kept', 'run']
 
 # %% ../../nbs/benchmarks/pools.ipynb #afbd5395
-import os, time
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from ..data import atomic_write
 from ..encoder import POOLS, EncoderConfig
 from ..world import ACTIONS, COLOURS, DIRECTIONS, SHAPES, make_scene, render
 
@@ -171,9 +172,8 @@ def kept(path, make):
     "The array of `path`, or what `make` returns, written there for the next time; nothing is kept without a path."
     if path is None: return make()
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.tmp", "wb") as f: np.save(f, make())
-        os.replace(f"{path}.tmp", path)
+        made = make()
+        with atomic_write(path, "wb") as f: np.save(f, made)
     return np.load(path)
 
 # %% ../../nbs/benchmarks/pools.ipynb #75342e42
