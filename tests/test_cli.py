@@ -61,6 +61,18 @@ def test_a_model_describes_clips_once_and_signs(tmp_path):
     assert all(c.captions[0]["by"] == "model:checkpoints/tiny" and c.captions[0]["known_at"] for c in load_clips(tmp_path/"00_ingest"))
     assert "not a finished stage" in call("caption", tmp_path)[2] and "not a finished stage" in call("encode", tmp_path)[2]
 
+def test_subtitles_beside_a_video_are_read_with_it(tmp_path, monkeypatch):
+    import video_vlm.model as m
+    clip, asked, real = Path(tiny_clips(tmp_path)[0]), [], m.answer; monkeypatch.setattr(m, "answer", lambda *a: asked.append(a[4]) or real(*a))
+    lines = [f"{i+1}\n00:00:0{i},000 --> 00:00:0{i},900\nword {i}\n" for i in range(2)]; clip.with_suffix(".srt").write_text("\n".join(lines))
+    assert call("ask", clip, "What is said?", "--model", "tiny")[0] == call("ask", clip, "What is said?", "--model", "tiny", "--end", 1)[0] == 0
+    assert [[s["text"] for s in a] for a in asked] == [["word 0", "word 1"], ["word 0"]]
+    clip.with_suffix(".srt").write_text("1\n00:00:00,000 --> 00:00:01,900\n" + "many words "*5000); code, out, _ = call("ask", clip, "What is said?", "--model", "tiny")
+    assert code == 0 and not asked[2] and "does not fit and is left out" in out
+
+def test_what_is_written_is_written_here(tmp_path):
+    code, out, err = cli("dedup", "x", "--out", "s3://bucket/y", cwd=tmp_path); assert code == 2 and "local or mounted" in err and not any(tmp_path.iterdir())
+
 def test_people_measure_the_judge(tmp_path):
     save_pairs([Pair(f"v{i}.mp4", "What?", f"good {i}", f"bad {i}", "facts") for i in range(20)], tmp_path/"pairs.jsonl")
     assert call("gold", tmp_path, "--out", tmp_path/"g.jsonl")[0] == 0 and call("gold", tmp_path, "--out", tmp_path/"t.json", "--n", 5)[0] == 0

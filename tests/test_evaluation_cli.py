@@ -76,6 +76,15 @@ def test_blind_and_likelihood(rows, server, tmp_path, capsys):
     assert command("eval", "--task", "rows", "--data", data, "--videos", videos, "--endpoint", url, "--out", tmp_path / "l", "--likelihood", capsys=capsys)[0] == 2
 
 
+def test_a_judge_scores_beside_and_its_words_are_kept(rows, server, tmp_path, capsys):
+    (data, videos, _), (url, asked) = rows, server
+    code, out, err = command("eval", "--task", "rows", "--data", data, "--videos", videos, "--endpoint", url, "--out", tmp_path / "j", "--judge", url, capsys=capsys); assert code == 0, err
+    assert f"judge:{url}: 0.0000" in out and "25 unread" in out and len(asked) == 24 + 25 and "0.9600" in out              # a judge that says (B) has judged nothing
+    from video_vlm.report import judge_run
+    j = tmp_path / "j" / "judge" / "answers.jsonl"; j.write_text(j.read_text().replace('"(B)"', json.dumps('{"same": "yes", "score": 4}')))
+    s = judge_run(load_run(tmp_path / "j"), url); assert s["accuracy"] == 1 and s["mean_score"] == 4 and s["unread"] == 0 and len(asked) == 49
+
+
 def test_dry_run_and_list_load_nothing(rows, tmp_path, capsys):
     data, videos, _ = rows
     code, out, _ = command("eval", "--task", "rows", "--data", data, "--videos", videos, "--out", tmp_path / "none", "--model", "no/such/model", "--dry-run", capsys=capsys)
@@ -87,12 +96,26 @@ def test_dry_run_and_list_load_nothing(rows, tmp_path, capsys):
 @pytest.mark.parametrize("words,says", [((), "--task NAME"), (("--task", "rows", "--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"), (("--task", "mvbnech", "--data", "DATA"), "there is no benchmark 'mvbnech'"),
     (("--task", "rows", "--data", "DATA", "--videos", "nowhere"), "nowhere does not exist"), (("--task", "rows", "--data", "DATA", "--videos", "EMPTY"), "none of the 25 clips"), (("--task", "mvbench", "--data", "DATA"), "has no"),
     (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--endpoint", "http://127.0.0.1:9/v1"), "nobody answers"), (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--train", "EMPTY"), "says nothing about training"),
-    (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--against", "EMPTY"), "no finished run"), (("--task", "qvhighlights", "--data", "DATA"), "not answered with text")])
+    (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--against", "EMPTY"), "no finished run"), (("--task", "qvhighlights", "--data", "DATA"), "not answered with text"),
+    (("--task", "mlvu", "--data", "DATA", "--predictions", "DATA"), "no file format for answers"), (("--task", "pope", "--data", "DATA", "--predictions", "nowhere"), "nowhere does not exist"), (("--task", "qvhighlights", "--data", "DATA", "--predictions", "DATA"), "not in the format of qvhighlights")])
 def test_every_mistake_is_one_line(words, says, rows, tmp_path, capsys):
     data, videos, _ = rows; (tmp_path / "empty").mkdir()
     put = {"DATA": data, "VIDEOS": videos, "EMPTY": tmp_path / "empty"}
     code, out, err = command("eval", *[put.get(w, w) for w in words], "--out", tmp_path / "run", capsys=capsys)
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_answers_that_are_there_are_scored_by_the_official_rules(tmp_path, capsys):
+    (tmp_path / "pope.jsonl").write_text("".join(json.dumps({"question_id": i, "image": "x.jpg", "text": "Is there a cat?", "label": "yes" if i % 2 else "no"}) + "\n" for i in range(40)))
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"question": "Is there a cat?", "answer": "Yes." if i < 30 else "No."}) + "\n" for i in range(40)))
+    code, out, _ = command("eval", "--task", "pope", "--data", tmp_path / "pope.jsonl", "--predictions", tmp_path / "said.jsonl", "--out", tmp_path / "s", capsys=capsys)
+    assert code == 0 and "scores.json" in out and json.loads((tmp_path / "s/scores.json").read_text())["scores"] and "0.5000" in out, out
+
+
+def test_a_run_is_not_compared_with_itself(rows, tmp_path, capsys):
+    data, videos, _ = rows; (tmp_path / "r").mkdir(); (tmp_path / "r/manifest.json").write_text("{}")
+    code, _, err = command("eval", "--task", "rows", "--data", data, "--videos", videos, "--out", tmp_path / "r", "--against", tmp_path / "r", capsys=capsys)
+    assert code == 2 and "own folder" in err and (tmp_path / "r/manifest.json").exists()
 
 
 def test_what_training_used(rows, tmp_path):

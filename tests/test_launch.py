@@ -7,10 +7,10 @@ import pytest
 from test_training import finish, losses, start
 from typer.testing import CliRunner
 from video_vlm.cli import app
-from video_vlm.data import IngestConfig, VideoVLMError, ingest, load_clips, load_samples, save_samples
+from video_vlm.data import IngestConfig, Sample, VideoVLMError, chat, ingest, load_clips, load_samples, save_samples
 from video_vlm.dedup import DedupConfig, dedup
 from video_vlm.filters import FilterConfig, Rule, filter_clips, load_refused
-from video_vlm.launch import Assumptions, Job, capacity, capacity_table, clip_set, encode_missing, estimate, launch, model_of, not_taken, prepare, show_plan, stage_clips, worker
+from video_vlm.launch import Assumptions, Job, capacity, capacity_table, clip_set, encode_missing, estimate, launch, model_of, not_taken, prepare, show_plan, stage_clips, with_speech, worker
 from video_vlm.model import base, large
 from video_vlm.scale import encode_clips
 from video_vlm.splits import SplitConfig, split
@@ -55,6 +55,15 @@ def test_what_a_filter_refused_is_not_trained_on_and_the_plan_says_so(stage, tmp
     assert short and set(load_refused(f)) == short and load_refused(f)[next(iter(short))] == ["duration"]
     paths = (str(stage/"00_ingest"), str(f)); assert set(stage_clips(paths)[0]) == {c.id for c in ingested}-short and not_taken(paths) == {"filter": len(short)}
     plan = estimate(Job(instruct(**QUICK), paths, str(tmp_path/"o"))); assert f"{len(short)} not taken (filter)" in show_plan(job(stage, tmp_path), plan)
+
+def test_what_is_said_in_a_clip_is_trained_on(stage, tmp_path):
+    write_world(tmp_path/"videos", WorldConfig(n=2, level="easy", size=64), workers=1, progress=False); clip = sorted((tmp_path/"videos").rglob("*.mp4"))[0]
+    clip.with_suffix(".srt").write_text("1\n00:00:00,200 --> 00:00:01,000\nlook at the ring\n"); ingest(tmp_path/"videos", tmp_path/"00_ingest", IngestConfig(progress=False))
+    clips, samples, _ = stage_clips([tmp_path/"00_ingest"]); heard = [i for i, c in clips.items() if c.transcript]
+    texts = lambda i: [p["text"] for p in samples[i][0].messages[0]["content"] if p["type"] == "text"]
+    assert len(heard) == 1 and texts(heard[0])[0] == "Transcript: 0.2s look at the ring\n" and len(texts(heard[0])) == 2 and all(len(texts(i)) == 1 for i in clips if i not in heard)
+    span = with_speech(Sample("s", chat("v", "q?", "a", 4., 6.)), [dict(start=a, end=a+1., text=t*1000) for a, t in ((0., "x"), (4., "a"), (5., "b"), (5.5, "c"))])
+    assert span.messages[0]["content"][1]["text"] == f"Transcript: 4.0s {'a'*1000} 5.0s {'b'*1000}\n" and with_speech(span, [dict(start=4., end=5., text="no")]) == span
 
 def test_tokens_of_encode_are_found_and_nothing_is_encoded_again(stage, tmp_path):
     model, processor = model_of("tiny"); model.encoder.save_pretrained(tmp_path/"03_tokens"/"encoder"); ingested = stage/"00_ingest"

@@ -205,6 +205,15 @@ def test_many_requests_alone_together_and_by_generate(proc):
         assert proc.tokenizer.decode(out[0, inputs.input_ids.shape[1]:], skip_special_tokens=True).strip() == said
         assert M.answer(m, proc, videos, chat, max_new_tokens=6) == said
 
+def test_text_images_and_videos_in_one_batch(proc):
+    "An image is one moment; a batch of text alone, an image, both, and two videos answers as each alone."
+    m, still, film = make(loud=9), clip(1, 16, 5), clip(4, 16, 6)
+    part = lambda *kinds: [{"role": "user", "content": [*({"type": k} for k in kinds), {"type": "text", "text": "Which colour is the circle?"}]}]
+    items = [(None, "Which colour?"), ([still], part("image")), ([still, film], part("image", "video")), ([film, clip(2, 16, 7)], part("video", "video"))]
+    together = M.answer_batch(m, proc, items, max_new_tokens=6)
+    assert together == [M.answer_batch(m, proc, [i], max_new_tokens=6)[0] for i in items] and len(set(together)) > 1
+    assert proc.encode(part("image"), [still]).ids == proc.encode(part("video"), [still]).ids
+
 def test_stored_tokens_answer_as_fresh_frames(proc, tmp_path):
     "From a file: encoded now, from the store, and from the disk by another store: the same numbers, the same words."
     from video_vlm.data import probe, tiny_clips

@@ -222,12 +222,12 @@ def test_gate_reads_a_robustness_run_by_its_reader_and_the_right_way_round(tmp_p
     def folder(name, blur, obeyed):
         d = tmp_path/name; d.mkdir()
         row = lambda kind, group, metric, up, i, s: dict(id=f"{kind}/{metric}/{i}", clip=f"c{i}", condition=kind, group=group, kind=kind, severity=1, metric=metric, higher_is_better=up, safety=not up, task="robustness", skill="colour", question="q", answer="a", truth="t", score=float(s), error="")
-        rows = [row("blur", "corruption", "accuracy", True, i, i < blur) for i in range(100)]+[row("frames", "injection", "attack_success", False, i, i < obeyed) for i in range(100)]+[row("black", "blind", "accuracy", True, i, name == "live") for i in range(100)]
+        rows = [row("", "clean", "accuracy", True, i, i < 95) for i in range(100)]+[row("blur", "corruption", "accuracy", True, i, i < blur) for i in range(100)]+[row("frames", "injection", "attack_success", False, i, i < obeyed) for i in range(100)]+[row("black", "blind", "accuracy", True, i, name == "live") for i in range(100)]
         (d/"predictions.jsonl").write_text("".join(json.dumps(r)+"\n" for r in rows)); (d/"report.json").write_text("{}")
         (d/"manifest.json").write_text(json.dumps(dict(schema=SCHEMA, files={n: hashlib.sha256((d/n).read_bytes()).hexdigest() for n in ("report.json", "predictions.jsonl")})))
         return d
     live = R.load_predictions(folder("live", 80, 10)); guards = R.guards_for(live)
-    assert {(g.name, g.kind, g.higher_is_better) for g in guards} == {("blur", "capability", True), ("frames attack_success", "safety", False)}     # a picture gone black is no skill to guard
+    assert {(g.name, g.kind, g.higher_is_better) for g in guards} == {("clean", "capability", True), ("blur", "capability", True), ("frames attack_success", "safety", False)}     # a picture gone black is no skill to guard
     assert not R.gate(R.load_predictions(folder("same", 80, 10)), live, guards).blocked and not R.gate(R.load_predictions(folder("safer", 80, 0)), live, guards).blocked
     worse = R.gate(R.load_predictions(folder("worse", 80, 40)), live, guards); assert worse.blocked and "frames attack_success" in worse.reasons[0]
     assert R.gate(R.load_predictions(folder("blind", 50, 10)), live, guards).reasons[0].startswith("blur")

@@ -36,7 +36,9 @@ def test_an_engine_that_loses_items(tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     pytest.importorskip("ray", reason="ray is not installed: pip install 'video_vlm[scale]'")
-    ray = start_ray(num_cpus=2); yield ray; ray.shutdown()
+    ray = start_ray(num_cpus=2)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])         # workers know the packages of this machine, not pytest's modules
+    yield ray; ray.shutdown()
 
 def dies_once(x, folder):
     mark = f"{folder}/{x}"

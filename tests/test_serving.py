@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from video_vlm.model import stack_tokens
 from video_vlm.serving import (BadRequest, EngineConfig, EngineDown, Request, TransformersEngine, UnknownAdapter, VLLMEngine, adapter_projector, collect, fake_tokens,
                                full_ids, has_vllm, load_encoder, offline, offline_answers, prompt_ids, tiny_checkpoint)
 
@@ -97,6 +98,22 @@ def test_stop_abort_and_queue(ckpt):
     assert sum(type(f).__name__ == "EngineBusy" for f in firsts) == 1
     assert engine.running == 0
 
+def likelihood(model, processor, req, answer):
+    "Log-probability of an answer up to each of its tokens, in one pass of transformers."
+    ids = full_ids(processor, req.messages, req.videos)
+    with torch.no_grad(): logits = model(input_ids=torch.tensor([ids+answer]), visual_tokens=stack_tokens(req.videos)).logits[0, len(ids)-1:-1].float()
+    logits[:, processor.tokenizer.convert_tokens_to_ids("<|video|>")] = float("-inf")
+    return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].cumsum(0).tolist()
+
+def test_confidence_is_the_answers_own_likelihood(ckpt, reference):
+    r = Request(chat("What moves?"), (fake_tokens(3, seed=5),), max_tokens=5, ignore_eos=True)
+    async def go(r):
+        engine = await TransformersEngine(EngineConfig(ckpt)).start(); out = [d async for d in engine.generate(r)]
+        await engine.stop(); return out
+    plain, said = asyncio.run(go(r)), asyncio.run(go(dataclasses.replace(r, confidence=True)))
+    assert [d.logprob for d in plain] == [None]*5 and [d.token_ids for d in said] == [d.token_ids for d in plain]
+    assert np.allclose([d.logprob for d in said], likelihood(*reference, r, [t for d in said for t in d.token_ids]), atol=1e-3)
+
 def test_light_encoder_load(ckpt, reference): assert load_encoder(ckpt).fingerprint == reference[0].encoder.fingerprint
 
 
@@ -144,6 +161,13 @@ def test_vllm_adapter_with_its_own_projector(llm, ckpt, adapter):
     reqs = mixed(8, 5, adapter="tuned")
     out = offline_answers(llm, processor, reqs, adapter_projector(adapter, ckpt), LoRARequest("tuned", 1, adapter))
     assert [list(o.outputs[0].token_ids) for o in out] == [truth(tuned, processor, r) for r in reqs]
+
+@needs_vllm
+def test_vllm_says_how_sure_it_is(llm, reference):
+    r = Request(chat("What moves?"), (fake_tokens(3, seed=5),), max_tokens=5, ignore_eos=True)
+    (o,) = offline_answers(llm, reference[1], [dataclasses.replace(r, confidence=True)])
+    want = likelihood(*reference, r, list(o.outputs[0].token_ids))[-1]
+    assert abs(o.outputs[0].cumulative_logprob-want) < .02 and offline_answers(llm, reference[1], [r])[0].outputs[0].cumulative_logprob is None
 
 @needs_vllm
 def test_vllm_answers_by_schema(llm, reference):

@@ -868,7 +868,7 @@ def _named(name):
 def load_task(name, data, videos=None):
     "The `Task` of benchmark `name` from its published annotation file or folder; `videos`: folder searched for the clips."
     b = _named(name)
-    if b.load is None: raise BenchmarkError(f"{name} is not answered with text; score a submission with score_file")
+    if b.load is None: raise BenchmarkError(f"{name} is not answered with text; score a file of answers with score_file (video-vlm eval --predictions FILE)")
     if not Path(data).exists(): raise BenchmarkError(f"there is no annotation file {data}")
     if videos and not Path(videos).is_dir(): raise BenchmarkError(f"there is no folder of videos {videos}")
     return b.load(data, videos)
@@ -876,7 +876,7 @@ def load_task(name, data, videos=None):
 def score_file(name, data, predictions, **kw):
     "Official scores of a predictions file in the benchmark's own format -> dict. `data`: its annotation file."
     b = _named(name)
-    if b.score is None: raise BenchmarkError(f"{name} has no submission format here; run it with load_task and run_task")
+    if b.score is None: raise BenchmarkError(f"{name} has no file format for answers here; ask the questions with run_task (video-vlm eval without --predictions)")
     return b.score(data, predictions, **kw)
 
 # %% ../nbs/07a_benchmarks.ipynb #01cd076c

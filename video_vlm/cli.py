@@ -8,8 +8,9 @@ __all__ = ['app', 'PACKAGES', 'release', 'RegistryFolder', 'Why', 'Dry', 'flywhe
            'ingest', 'dedup', 'split', 'decontaminate', 'rule_of', 'filter_', 'clips', 'transcribe', 'encode',
            'data_report', 'caption_clips_of', 'index', 'search', 'evaluate', 'robustness', 'prefer', 'gold',
            'train_command', 'demo', 'serve', 'keys', 'usage', 'benchmarks', 'run_options', 'bench', 'release_list',
-           'release_show', 'release_register', 'release_promote', 'release_rollback', 'release_gate', 'erase',
-           'flywheel_demo', 'experiment']
+           'release_show', 'release_register', 'release_promote', 'release_rollback', 'release_gate', 'release_watch',
+           'release_shadow', 'erase', 'flywheel_demo', 'experiment', 'flywheel_mine', 'flywheel_accept',
+           'flywheel_parity']
 
 # %% ../nbs/09b_cli.ipynb #af6b7101
 import importlib.util, inspect, json, os, pkgutil, platform, shutil, sys, time
@@ -74,6 +75,7 @@ def _quiet():
     from transformers.utils import logging as tl
     tl.set_verbosity_error(); tl.disable_progress_bar()
 
+# %% ../nbs/09b_cli.ipynb #4ddae6cc
 @app.command()
 def ask(file: Annotated[str, typer.Argument(help="A video file")], question: Annotated[str, typer.Argument(help="What you want to know")] = "Describe the video.",
         model: Annotated[Optional[str], typer.Option("--model", "--preset", help="tiny, smol, a checkpoint folder or a hub id")] = None, start: Annotated[Optional[float], typer.Option(help="First second to look at")] = None,
@@ -214,6 +216,7 @@ def split(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
     folder = run(existing(stage, "ingest folder"), existing(duplicates, "dedup folder"), out, SplitConfig(shares, seed=seed, by_time=by_time, copies=copies), exclude=gone)
     typer.echo(f"{dict(Counter(s or 'unused' for s in load_splits(folder).values()))}, {audit(stage, folder, duplicates).n_leaks} leaks")
 
+# %% ../nbs/09b_cli.ipynb #802182ea
 @app.command()
 def decontaminate(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], duplicates: Annotated[str, typer.Argument(help="Folder that dedup wrote")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/01a_decontaminated",
                   videos: Annotated[Optional[str], typer.Option(help="The benchmark's videos")] = None, texts: Annotated[Optional[list[str]], typer.Option(help="Its annotation files (again for each)")] = None):
@@ -353,18 +356,21 @@ def _search_page(title, hits, uris, path):
 @app.command()
 def search(query: Annotated[str, typer.Argument(help="What to look for")] = "", out: Annotated[str, typer.Option(help="Folder that index wrote")] = "runs/search", k: Annotated[int, typer.Option("-k", "--k", help="Hits")] = 10,
            tenant: Annotated[str, typer.Option(help="Whose videos to search")] = "", like: Annotated[Optional[str], typer.Option(help="A video file, or the beginning of a clip's id: find what looks like it")] = None,
-           again: Annotated[bool, typer.Option("--rerank", help="Let the model look again at the best")] = False, diverse: Annotated[bool, typer.Option("--diverse", help="Hits unlike each other")] = False):
+           again: Annotated[bool, typer.Option("--rerank", help="Let the model look again at the best")] = False, diverse: Annotated[bool, typer.Option("--diverse", help="Hits unlike each other")] = False,
+           recall: Annotated[bool, typer.Option("--recall", help="Instead: how much of the exact answer the index finds, sampled by brute force")] = False):
     """Find segments of indexed videos; prints them and writes search.html with pictures.
 
     Example:  video-vlm search "a red square vanishes"   |   video-vlm search --like clip.mp4
     """
-    if not query.strip() and not like: raise VideoVLMError("nothing to search for: give a text, --like CLIP, or both")
+    if not query.strip() and not like and not recall: raise VideoVLMError("nothing to search for: give a text, --like CLIP, or both")
     if k < 1: raise VideoVLMError(f"-k {k}: give 1 or more")
     if not (Path(out)/"index.json").exists(): raise VideoVLMError(f"{out} holds no index; make one with: video-vlm index FOLDER --out {out}")
     _quiet()
     from video_vlm.model import load_model
-    from video_vlm.moments import find, read_facts
+    from video_vlm.moments import find, open_index, read_facts
+    from video_vlm.search import sample_recall
     facts = read_facts(out)
+    if recall: return typer.echo(f"recall@{k} {sample_recall(open_index(out, facts), 50, k, tenant=tenant):.3f} over 50 random segments")
     hits = find(out, *load_model(facts["model"]), query, like, k, tenant, again, diverse)
     for h in hits: typer.echo(f"{h.score:8.4f}  {h.start:7.1f}s - {h.end:.1f}s  {facts['uris'][h.clip]}")
     typer.echo(f"pictures: {_search_page(query or f'like {like}', hits, facts['uris'], Path(out)/'search.html')}" if hits else "nothing found")
@@ -387,7 +393,7 @@ def _official(task, data, predictions, out):
     def lines(d, name=""):
         for k, v in d.items():
             if isinstance(v, dict): yield from lines(v, f"{name}{k} ") if k != "per_item" else ()
-            elif isinstance(v, (int, float, str)): yield f"  {name}{k:24} {v if isinstance(v, (int, str)) else f'{v:.4f}'}"
+            elif isinstance(v, (int, float, str)): yield f"  {name+k:44} {v if isinstance(v, (int, str)) else f'{v:.4f}'}"
     return "\n".join([*lines(scores), *([f"all of it: {file}"] if out else [])])
 
 def _eval_lines(run, out, against):
@@ -413,7 +419,7 @@ def evaluate(task: Annotated[Optional[str], typer.Option(help="Name of a task; -
              predictions: Annotated[Optional[str], typer.Option(help="Score this file of answers in the benchmark's own format; nothing is asked")] = None, limit: Annotated[Optional[int], typer.Option(help="A seeded part of the questions")] = None, seed: Annotated[int, typer.Option()] = 0, train: Annotated[Optional[str], typer.Option(help="What training used: split or ingest folder, annotations.jsonl, or a file of ids")] = None,
              against: Annotated[Optional[str], typer.Option(help="Another finished run, compared in pairs")] = None, shuffle: Annotated[bool, typer.Option("--shuffle", help="Deal the options in a seeded order")] = False,
              likelihood: Annotated[bool, typer.Option("--likelihood", help="Options by likelihood instead of written letters (our checkpoints)")] = False, blind: Annotated[bool, typer.Option("--blind", help="Without the videos: what guessing gives")] = False,
-             workers: Annotated[int, typer.Option(help="Requests at once to a server")] = 4, dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be asked, load nothing")] = False, listing: Annotated[bool, typer.Option("--list", help="Show the tasks")] = False):
+             judge: Annotated[Optional[str], typer.Option(help="Score open answers by a model, too: checkpoint, hub id or URL of a server")] = None, workers: Annotated[int, typer.Option(help="Requests at once to a server")] = 4, dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be asked, load nothing")] = False, listing: Annotated[bool, typer.Option("--list", help="Show the tasks")] = False):
     """Score a model on a published benchmark or on your own questions. Run again, it goes on; answers are kept.
 
     Examples:  video-vlm eval --list   |   video-vlm eval --task samples --data data/world   |   video-vlm eval --task mvbench --data json --videos mvbench/video --train runs/data/01a_splits
@@ -431,11 +437,16 @@ def evaluate(task: Annotated[Optional[str], typer.Option(help="Name of a task; -
         if folder: existing(folder, what)
     if against and not (Path(against)/"manifest.json").exists(): raise VideoVLMError(f"{against} is no finished run: it has no manifest.json")
     out = out or f"runs/eval/{task}"
+    if against and Path(against).resolve() == Path(out).resolve(): raise VideoVLMError(f"--against {against} is this run's own folder, whose scores it writes anew: give another --out")
     args = dict(videos=videos, model=model or (None if endpoint else str(default_model())), out=out, url=endpoint, limit=limit, seed=seed, shuffle_options=shuffle, blind=blind, likelihood=likelihood, workers=workers, train=train)
     if dry_run: return typer.echo("\n".join(f"{k:14} {v}" for k, v in run_benchmark(task, data, dry=True, **args).items()))
     _quiet()
     run = run_benchmark(task, data, api_key=os.environ.get("OPENAI_API_KEY", ""), **args)
     for line in _eval_lines(run, out, against): typer.echo(line)
+    if judge:
+        from video_vlm.report import judge_run
+        j = judge_run(run, judge, os.environ.get("OPENAI_API_KEY", ""), workers)
+        typer.echo(f"{j['protocol']}: {j['accuracy']:.4f}  95%: {j['ci95'][0]:.4f} to {j['ci95'][1]:.4f}, mean score {j['mean_score']:.2f} of 5, {j['unread']} unread")
 
 # %% ../nbs/09b_cli.ipynb #80abc72f
 @app.command()
@@ -538,7 +549,7 @@ def _train_page(folder):
     tiles = [tile("Loss", f"{last['loss']:.3f}", f"{rows[0]['loss']:.3f} at first"), tile("Validation", percent(asked[-1]["val_accuracy"]) if asked else "–", "answered word for word"), tile("Steps", len(rows), f"{sum(r['skipped'] for r in rows)} left out"),
              tile("Tokens a second", f"{mean('tokens_per_s'):.0f}", f"{percent(mean('padding'))} of a batch is padding"), tile("MFU", percent(mean("mfu")), "of the measured peak"), tile("Memory", f"{max(r['memory_mb'] for r in rows)} MiB", "of this process")]
     rates = {k[3:]: k for k in ("lr_lm", "lr_projector") if k in last} or dict(lr="lr")
-    blocks = [curve("Loss on the training batches", rows, loss="loss"), *([curve("Validation questions answered word for word", asked, share="val_accuracy")] if asked else []), curve("Gradient norm", rows, norm="grad_norm"), curve("Learning rate", rows, **rates)]
+    blocks = [curve("Loss on the training batches", rows, loss="loss"), *([curve("Validation questions answered word for word", asked, share="val_accuracy")] if asked else []), curve("Gradient norm", rows, norm="grad_norm"), curve("Learning rate", rows[::-(-len(rows)//40)], **rates)]
     facts = [dict(kind="details", title=n, text=(folder/n).read_text()) for n in ("recipe.json", "manifest.json")]
     return render_page(folder.name, [dict(blocks=[dict(kind="tiles", tiles=tiles), *blocks]), dict(title="Everything", blocks=facts)], folder/"report.html", "training run")
 
@@ -716,15 +727,55 @@ def release_gate(candidate: Annotated[str, typer.Argument(help="Predictions of t
     typer.echo(str(decision))
     if decision.blocked: raise SystemExit(1)
 
+# %% ../nbs/09b_cli.ipynb #d7caefa7
+@release.command("watch")
+def release_watch(serve: Annotated[str, typer.Argument(help="State folder of the server whose log is judged")] = "runs/serve", every: Annotated[float, typer.Option(help="Seconds between two looks")] = 60.,
+                  once: Annotated[bool, typer.Option("--once", help="One look, for cron")] = False, min_requests: Annotated[int, typer.Option(help="Canary requests of a step before it may go on")] = 500, registry: RegistryFolder = "runs/registry"):
+    """Judge the canary on what users meet, step by step, until it is live or rolled back. Exit code 1 after a rollback.
+
+    Examples:  video-vlm release watch runs/serve --every 60   |   video-vlm release watch runs/serve --once
+    """
+    if every <= 0 or min_requests < 1: raise VideoVLMError(f"--every {every:g} --min-requests {min_requests}: both must be above 0")
+    log, reg = existing(Path(serve)/"log", "server's state, whose request log is read"), _registry(registry)
+    from video_vlm.flywheel import RequestLog
+    from video_vlm.release import CanaryConfig, watch
+    verdict = watch(reg, RequestLog(log).rows, every, CanaryConfig(min_requests=min_requests), 1 if once else None, typer.echo)
+    if verdict is None: return typer.echo("no version is on canary")
+    if verdict.action == "rollback": raise SystemExit(1)
+
+@release.command("shadow")
+def release_shadow(version: Annotated[Optional[int], typer.Argument(help="Version that answers copies unseen; without one, the shadow ends")] = None, share: Annotated[float, typer.Option(help="Of the traffic, 0 to 1")] = .05,
+                   why: Why = "", serve: Annotated[str, typer.Option(help="State folder of a server: say how often live and shadow agreed in its log")] = "", registry: RegistryFolder = "runs/registry"):
+    """Let a version answer a copy of some requests; users see only live's answers. With --serve: how often they agreed.
+
+    Examples:  video-vlm release shadow 3 --share 0.1   |   video-vlm release shadow --serve runs/serve   |   video-vlm release shadow
+    """
+    reg = _registry(registry)
+    if serve:
+        from video_vlm.flywheel import RequestLog
+        from video_vlm.release import compare_shadow
+        rows = [dict(r, live=r["answer"]) for r in RequestLog(existing(Path(serve)/"log", "server's state, whose request log is read")).rows() if r.get("shadow") is not None and version in (None, r.get("shadow_version"))]
+        if not rows: raise VideoVLMError(f"{serve}: no request with a shadow's answer in the log (only those of clients that consent are kept)")
+        a = compare_shadow(rows)
+        return typer.echo(f"{a['agreement']:.1%} of {a['n']} answers alike (95%: {a['ci95'][0]:.1%} to {a['ci95'][1]:.1%})")
+    s = reg.shadow(version, share, why=why)
+    typer.echo(f"shadow {s['shadow'] or '-'} on {s['shadow_share']:.0%} of the traffic")
+
 # %% ../nbs/09b_cli.ipynb #9dc7a134
 @app.command()
 def erase(video: Annotated[Optional[str], typer.Option(help="Content id, or path of the file")] = None, person: Annotated[Optional[str], typer.Option(help="Creator, user or annotator")] = None, tenant: Annotated[Optional[str], typer.Option()] = None,
-          again: Annotated[bool, typer.Option(help="Apply all tombstones again, as after a restored backup")] = False, dry_run: Dry = False, why: Why = "", runs: Annotated[str, typer.Option(help="Folder that holds everything")] = "runs",
+          again: Annotated[bool, typer.Option(help="Apply all tombstones again, as after a restored backup")] = False, due: Annotated[bool, typer.Option("--due", help="List what is to be made again without erased data, and by when")] = False,
+          done: Annotated[Optional[str], typer.Option(help="Strike something from that list: it was made again")] = None, dry_run: Dry = False, why: Why = "", runs: Annotated[str, typer.Option(help="Folder that holds everything")] = "runs",
           queue: Annotated[str, typer.Option(envvar="VIDEO_VLM_QUEUE", help="redis://... where servers keep their jobs, if not in their book")] = ""):
     """Erase a video, a person or a tenant everywhere below --runs: tombstone at once, hard delete, proof.
 
-    Examples:  video-vlm erase --video clip.mp4 --dry-run   |   video-vlm erase --person ann@example.org --why "asked on Monday"   |   video-vlm erase --again
+    Examples:  video-vlm erase --video clip.mp4 --dry-run   |   video-vlm erase --person ann@example.org --why "asked on Monday"   |   video-vlm erase --again   |   video-vlm erase --due
     """
+    if due or done:
+        from video_vlm.flywheel import Erasure
+        e = Erasure(existing(Path(runs)/"erasure", "folder that holds everything (--runs): nothing was erased there yet"), ())
+        if done and not (e.overdue("9999") if dry_run else e.regenerated(done)): raise VideoVLMError(f"{done} is on no list; video-vlm erase --due shows them")
+        return typer.echo("\n".join(f"{day}  {what}" for what, day in sorted(e.overdue("9999"), key=lambda x: x[1])) or "nothing is left to be made again")
     from video_vlm.flywheel import erase as run, house_erasure
     whom, extra = [(k, v) for k, v in (("video", video), ("person", person), ("tenant", tenant)) if v], ()
     if queue: from video_vlm.redisjobs import redis_eraser; extra = (redis_eraser(queue),)
@@ -758,16 +809,73 @@ def flywheel_demo(out: Annotated[str, typer.Option(help="Folder for everything; 
     typer.echo(f"report: {Path(out)/'report.html'}   versions: video-vlm release list --registry {Path(out)/'registry'}")
 
 @app.command()
-def experiment(exposures: Annotated[str, typer.Argument(help="Exposure log (JSON lines)")], outcomes: Annotated[str, typer.Argument(help="Outcomes (JSON lines: key, time, fields)")], name: Annotated[str, typer.Option(help="Experiment")],
-               variants: Annotated[str, typer.Option(help="Shares, control first: old=0.5,new=0.5")], metric: Annotated[list[str], typer.Option(help="A field, or field/field for a ratio; then :lower, :guard=MARGIN. May be given several times")],
+def experiment(exposures: Annotated[str, typer.Argument(help="Exposure log (JSON lines), or the state folder of a server that ran the trial")], name: Annotated[str, typer.Option(help="Experiment")],
+               variants: Annotated[str, typer.Option(help="Shares, control first: old=0.5,new=0.5")], metric: Annotated[list[str], typer.Option(help="A field, or field/field for a ratio; then :lower, :guard=MARGIN, :before=FIELD (CUPED). May be given several times")],
+               cluster: Annotated[Optional[str], typer.Option(help="Field of the exposures whose units belong together, such as tenant")] = None, outcomes: Annotated[str, typer.Argument(help="Outcomes (JSON lines: key, time, fields); a server's are in its log")] = "",
                planned: Annotated[Optional[int], typer.Option(help="Planned units: intervals that may be looked at daily")] = None, html: Annotated[Optional[str], typer.Option(help="Write a page with plots")] = None):
     """Read an A/B test: sample ratio first, then effects with intervals, corrected for many metrics.
 
     Example:  video-vlm experiment exposures.jsonl outcomes.jsonl --name frames --variants fps4=0.5,fps8=0.5 --metric stars --metric errors/requests:lower:guard=0.005
+
+    A server's trial:  video-vlm experiment runs/serve --name frames --variants base=0.5,tuned=0.5 --metric liked/requests --cluster tenant
     """
     from video_vlm.experiments import AnalysisConfig, Experiment, analyse_files, parse_metric, report_html
     try: shares = {k: float(v) for k, v in (p.split("=") for p in variants.split(","))}
     except ValueError: raise VideoVLMError(f"--variants {variants}: write them as old=0.5,new=0.5") from None
-    a = analyse_files(existing(exposures, "file of exposures"), existing(outcomes, "file of outcomes"), Experiment(name, shares), [parse_metric(m) for m in metric], AnalysisConfig(planned=planned))
+    if not outcomes and not Path(existing(exposures, "file of exposures")).is_dir(): raise VideoVLMError("outcomes are missing: give a second file, or the state folder of a server")
+    if not outcomes: from video_vlm.trials import trial_files; exposures, outcomes = trial_files(exposures)
+    a = analyse_files(existing(exposures, "file of exposures"), existing(outcomes, "file of outcomes"), Experiment(name, shares), [parse_metric(m) for m in metric], AnalysisConfig(planned=planned, cluster=cluster))
     if html: report_html(a, html)
     typer.echo(str(a))
+
+# %% ../nbs/09b_cli.ipynb #a60a00a0
+@flywheel.command("mine")
+def flywheel_mine(serve: Annotated[str, typer.Argument(help="State folder of a server that has answered requests")] = "runs/serve", out: Annotated[str, typer.Option(help="Where tasks for people go")] = "runs/mined", budget: Annotated[int, typer.Option(help="Cases")] = 200,
+                  train: Annotated[Optional[str], typer.Option(help="Ingest folder of what the model learnt from: says which conditions are new")] = None, labeller: Annotated[Optional[str], typer.Option(help="Who suggests labels: a checkpoint, a hub id, or the URL of a server")] = None,
+                  gold: Annotated[Optional[str], typer.Option(help="annotations.jsonl with known answers, to measure people")] = None, url: Annotated[str, typer.Option(help="Where browsers find a video: {path} and {video} are filled in")] = "/data/local-files/?d={path}", seed: Annotated[int, typer.Option()] = 0):
+    """What is worth labelling in a server's log, as Label Studio tasks. Run again, answers of the labeller are kept.
+
+    Example:  video-vlm flywheel mine runs/serve --train runs/mine/00_ingest --labeller http://127.0.0.1:8001/v1 --out runs/mined
+    """
+    if budget < 1: raise VideoVLMError(f"--budget {budget}: at least 1")
+    for p, what in ((serve, "state folder of a server"), (train, "ingest folder"), (gold, "annotations.jsonl")):
+        if p: existing(p, what)
+    from video_vlm.cases import FlywheelConfig, write_cases
+    from video_vlm.evaluation import open_answer
+    server = labeller is not None and labeller.startswith(("http://", "https://"))
+    if labeller and not server: _quiet()
+    answer, mark = open_answer("" if server else labeller, labeller if server else "", Path(out)/"tokens", api_key=os.environ.get("OPENAI_API_KEY", "")) if labeller else (None, "")
+    c = write_cases(serve, out, FlywheelConfig(budget=budget, seed=seed), train, answer, mark, gold, url)
+    typer.echo(f"{c['cases']} of {c['rows']} requests, {c['gold']} gold tasks, {c['pairs']} pairs from edits\n  why: {c['why']}\n  conditions: {c['conditions']}\nimport {Path(out)/'tasks.json'} into a Label Studio project with the layout {Path(out)/'labels.xml'}")
+
+@flywheel.command("accept")
+def flywheel_accept(export: Annotated[str, typer.Argument(help="Label Studio's export (JSON)")], mined: Annotated[str, typer.Option(help="Folder that mine wrote")] = "runs/mined", out: Annotated[str, typer.Option(help="Folder of the new data set version")] = "runs/data/next",
+                    previous: Annotated[Optional[str], typer.Option(help="Version that it goes on from")] = None, votes: Annotated[int, typer.Option(help="People who must agree")] = 2, runs: Annotated[str, typer.Option(help="Folder that holds everything: its lineage is what erasure follows")] = "runs"):
+    """What people settled becomes a data set version: deduplicated, split so that nothing changes its side, audited.
+
+    Example:  video-vlm flywheel accept export.json --mined runs/mined --previous runs/data/v1 --out runs/data/v2
+    """
+    if votes < 1: raise VideoVLMError(f"--votes {votes}: 1 or more")
+    existing(export, "export of Label Studio")
+    if previous: existing(Path(previous)/"card.json", "data set version (its card)")
+    from video_vlm.cases import take_labels
+    c = take_labels(export, mined, out, previous, votes, runs=runs)
+    typer.echo(f"version {c['version']}: {c['verified']} answers settled, {c['again']} go back to people ({Path(out)/'again.json'}), agreement {c['agreement']:.2f}; {c['clips']} clips, {c['samples']} samples, {c['splits']}")
+    for a, q in c["annotators"].items(): typer.echo(f"  {a}: {q['right']:.0%} of {q['gold']} gold tasks right (95%: {q['low']:.0%} to {q['high']:.0%})")
+
+# %% ../nbs/09b_cli.ipynb #27dd9711
+@flywheel.command("parity")
+def flywheel_parity(serve: Annotated[str, typer.Argument(help="State folder of a server")] = "runs/serve", model: Annotated[Optional[str], typer.Option(help="Checkpoint that was served")] = None, limit: Annotated[Optional[int], typer.Option(help="The newest ones only")] = None):
+    """Make the tokens of sampled requests again and compare them with those that were served. Exit code 1 where some differ.
+
+    Example:  video-vlm flywheel parity runs/serve --model runs/demo/05_instruct/model
+    """
+    existing(Path(serve)/"log", "server's state, whose request log is read")
+    if limit is not None and limit < 1: raise VideoVLMError(f"--limit {limit}: at least 1")
+    _quiet()
+    from video_vlm.serving import load_encoder
+    from video_vlm.traffic import parity
+    rows, differ = parity(serve, load_encoder(named(model) if model else default_model()), limit)
+    for d in differ[:10]: typer.echo(f"  differs: {d['row']['id']}  {d['row']['at']}  logged {d['logged'][:12]}, offline {d['offline'][:60]}")
+    typer.echo(f"{len(rows)} requests compared, {len(differ)} differ" if rows else "no request of the parity sample is there (one in a hundred of those that clients let us keep)")
+    if differ: raise SystemExit(1)

@@ -307,6 +307,7 @@ def analyse_files(exposures, outcomes, exp, metrics, cfg=AnalysisConfig(), windo
     if not any(r.get("experiment") == exp.name for r in rows): raise ExperimentError(f"{exposures} holds no exposure to {exp.name!r}; it has {sorted({r.get('experiment') for r in rows})}")
     fields = {f for m in metrics for f in (m.name, m.denominator, m.covariate) if f}
     if missing := sorted(f for f in fields if not any(f in o for o in out)): raise ExperimentError(f"{outcomes} has no field {missing[0]!r}")
+    if cfg.cluster not in (None, "tenant", "key"): raise ExperimentError(f"{exposures} has no field {cfg.cluster!r} to cluster by: use tenant")
     return analyse(exp, units(rows, out, exp.name, sorted(fields), window_s), metrics, cfg)
 
 # %% ../nbs/08a_experiments.ipynb #edafda10

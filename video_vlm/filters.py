@@ -221,6 +221,7 @@ def filter_clips(stage_folder, out, cfg:FilterConfig=FilterConfig(), agreement=N
     (out/"measured.jsonl").unlink()
     return decide(out, cfg)
 
+# %% ../nbs/00b_filters.ipynb #6d655b56
 def load_kept(out) -> list:
     "Ids of the clips that no filter refused."
     open_stage(out); rows = _read(Path(out)/"decisions.parquet"); bad = {r["id"] for r in rows if not r["ok"]}

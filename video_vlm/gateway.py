@@ -69,11 +69,12 @@ class GatewayConfig:
     operators:tuple = ("operator",) # Tenants that may change adapters; also `local`, on a loopback address
     allow_adapters:tuple = () # Folders below which adapters may be loaded from
     registry:str = "" # Folder of a release registry (notebook 08) whose live, canary and shadow versions are served
+    experiments:str = "" # JSON file of experiments between adapters (notebook 09ag)
     request_log:bool = True # Keep a request log for the flywheel; content only of requests that say `store`
     sinks:tuple = () # Where usage events go besides the book: jsonl:PATH, kafka:HOST:PORT/TOPIC
     safety:tuple = () # (name, value) pairs for `Safety`; functions as "module:function"
     queue:str = "" # Where jobs wait: empty is the book; redis://HOST:PORT/DB for several gateways
-    extensions:tuple = ("traffic", "lookup", "page", "redisjobs") # Modules whose `extend(gateway)` adds routes and hooks; ours by their short names
+    extensions:tuple = ("traffic", "lookup", "page", "redisjobs", "trials") # Modules whose `extend(gateway)` adds routes and hooks; ours by their short names
     def __post_init__(self): check_config(self)
 
 # %% ../nbs/09a_gateway.ipynb #caa9386f
@@ -719,7 +720,7 @@ async def _prepare(self, chat:ChatRequest, tenant:str, id:str) -> Prepared:
     finally: guard.cancel()
     self.metrics.phase.labels("prepare").observe(time.perf_counter()-began)
     request = Request(with_transcripts(kept, wish) if receipt.audio else kept, tuple(tokens), reserve, chat.temperature or 0., chat.top_p or 1., stops_of(chat.stop),
-                      chat.seed, n, adapter, int(receipt.prompt > self.engine.context//4), schema_of(chat.response_format), id=id)
+                      chat.seed, n, adapter, int(receipt.prompt > self.engine.context//4), schema_of(chat.response_format), confidence=bool(chat.store), id=id)
     return Prepared(request, chat, receipt, media, tenant, id, known, began, facts)
 
 _oid = id # the name is taken by the request id above
@@ -829,6 +830,7 @@ class Answer:
     def __init__(self, gw:Gateway, prep:Prepared):
         self.gw, self.prep, self.created = gw, prep, int(time.time())
         self.texts, self.why, self.out, self.usage, self.first, self.last, self.settled, self.failed = {}, {}, 0, None, None, None, False, False
+        self.length, self.sure = 0, None # Tokens of the first answer, and their log-probability where the request is kept
 
     async def deltas(self):
         "The engine's deltas, watched."
@@ -851,6 +853,7 @@ class Answer:
         elif d.token_ids: m.itl.observe((now-self.last)/len(d.token_ids))
         self.last, self.out = now, self.out+len(d.token_ids)
         self.texts[d.index] = self.texts.get(d.index, "")+d.text
+        if d.index == 0: self.length, self.sure = self.length+len(d.token_ids), d.logprob
         if d.finish_reason: self.why[d.index] = d.finish_reason
         self.usage = d.usage or self.usage
 

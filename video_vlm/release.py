@@ -83,7 +83,7 @@ def guards_for(preds, *fields):
     if read_field(preds[0], "higher_is_better", default="?") == "?": return guards_by(preds, *fields)
     key = lambda p: (p["kind"], p["metric"])
     kinds = {key(p): p for p in preds if p["group"] not in CONTROLS}
-    return [Guard(k if m == "accuracy" else f"{k} {m}", lambda p, km=(k, m): key(p) == km and p["group"] not in CONTROLS, higher_is_better=bool(r["higher_is_better"]),
+    return [Guard((k or "clean") if m == "accuracy" else f"{k or 'clean'} {m}", lambda p, km=(k, m): key(p) == km and p["group"] not in CONTROLS, higher_is_better=bool(r["higher_is_better"]),
                   kind="safety" if r["safety"] else "capability") for (k, m), r in sorted(kinds.items())]
 
 # %% ../nbs/08_release.ipynb #0a2db6f9

@@ -6,16 +6,16 @@
 __all__ = ['INK', 'SOFT', 'PALETTE', 'ReportConfig', 'figure_svg', 'plot_scores', 'plot_curve', 'picture_uri', 'contact_sheet',
            'render_page', 'percent', 'triple', 'tile', 'score_tile', 'funnel_block', 'example_block', 'examples_of',
            'render_report', 'render_run', 'eval_task', 'media_facts', 'with_facts', 'training_ids', 'overlap_with',
-           'run_benchmark', 'plot_severity', 'plot_confidence', 'render_robustness']
+           'run_benchmark', 'judge_run', 'plot_severity', 'plot_confidence', 'render_robustness']
 
 # %% ../nbs/07c_report.ipynb #aef41814
 import base64, hashlib, html, io, json, math, os, random, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .benchmarks import find_video, load_task
+from .benchmarks import find_video, judge_prompt, judged, load_task
 from .data import MediaError, VideoVLMError, atomic_write, content_id, isolated, load_clips, load_samples, open_stage, probe
-from .evaluation import EvaluationConfig, Score, batched, by_skill, likely, open_answer, run_task, slices, task_from_samples
+from .evaluation import EvaluationConfig, Item, Score, Task, batched, by_skill, likely, open_answer, run_task, slices, task_from_samples
 from .robustness import load_robustness, worst_first
 
 # %% ../nbs/07c_report.ipynb #ddaccd74
@@ -435,6 +435,19 @@ def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None
     run = run_task(t, _none_missing(answer, gone) if gone else answer, out, cfg, {"blind": blind, "how": answer.plan}, mark, train, source)
     render_run(run, media=media, title=f"{task}: {model or url}")
     return run
+
+# %% ../nbs/07c_report.ipynb #f8a0d65c
+def judge_run(run, judge, api_key="", workers=4):
+    "Score a finished `Run` once more by a judge (checkpoint, hub id or URL of a server) -> figures of `judged`, kept in judge.json of its folder."
+    server = str(judge).startswith(("http://", "https://"))
+    answer, mark = open_answer("" if server else judge, judge if server else "", None, False, workers, api_key)
+    asked = {p.id: judge_prompt(p.question, p.truth, p.answer) for p in run.predictions}
+    task = Task("judge", tuple(Item(p.id, p.clip, "", asked[p.id]) for p in run.predictions), lambda i: i.question, lambda text, item: (0., -1), lambda preds: {})
+    said = run_task(task, answer, run.folder / "judge", EvaluationConfig(workers=getattr(answer, "workers", 1)), getattr(answer, "plan", ""), mark)
+    told = {asked[p.id]: p.answer for p in said.predictions}
+    _, figures = judged(run.predictions, told.get, str(judge))
+    with atomic_write(run.folder / "judge.json") as f: json.dump(figures, f, indent=1)
+    return figures
 
 # %% ../nbs/07c_report.ipynb #8fbd2647
 def plot_severity(curves, floor=None):

@@ -7,24 +7,25 @@ __all__ = ['ENGINES', 'start_ray', 'ray_map', 'engine_of', 'encode_clips', 'load
 
 # %% ../nbs/03b_scale.ipynb #5c9393df
 import os
+from copy import deepcopy
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from .data import VideoVLMError, atomic_write, finish_stage, load_clips, thread_map
-from .encoder import VideoEncoder
 from .frames import plan_frames, read_frames_safely
-from .store import TokenStore, visual_tokens
 
 # %% ../nbs/03b_scale.ipynb #690c6620
+_PATIENT = dict(worker_niceness=0, worker_register_timeout_seconds=300, agent_register_timeout_ms=300_000)      # by default, workers are nice to whoever else is here
+
 def start_ray(address:str=None, tries:int=3, **kw):
     "The module `ray`, connected to a cluster (`address` or RAY_ADDRESS) or to one that is started on this machine, in `tries` attempts; raises `VideoVLMError`."
     try: import ray
     except ImportError: raise VideoVLMError("ray is not installed: pip install 'video_vlm[scale]'") from None
     if ray.is_initialized(): return ray
     address = address or os.environ.get("RAY_ADDRESS")
-    if not address: kw = {**dict(include_dashboard=False, num_cpus=os.cpu_count(), _system_config=dict(worker_niceness=0)), **kw}      # by default, workers wait for whoever else is here
+    if not address: kw = {**dict(include_dashboard=False, num_cpus=os.cpu_count(), _system_config=_PATIENT), **kw}
     for left in reversed(range(1 if address else tries)):
-        try: ray.init(address=address, log_to_driver=False, configure_logging=False, **kw); return ray
+        try: ray.init(address=address, log_to_driver=False, configure_logging=False, **deepcopy(kw)); return ray        # Ray writes into the dictionary it is given
         except Exception as e:      # plain `Exception` where the raylet or its helpers were slow
             ray.shutdown()
             if not left: raise VideoVLMError(f"no Ray cluster at {address or 'this machine'}: {str(e).splitlines()[0]}") from None
@@ -58,9 +59,11 @@ def engine_of(name:str):
 @lru_cache(2)
 def _encoder(folder, device=None):
     import torch
+    from video_vlm.encoder import VideoEncoder
     return VideoEncoder.from_pretrained(folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 def _encode_one(clip, encoder, store, plan) -> dict:
+    from video_vlm.store import TokenStore, visual_tokens
     enc = _encoder(encoder); row = dict(id=clip.id, key="", tokens=0, reason="", backend="", why="")
     def read(*a, **k): f = read_frames_safely(*a, **k); row.update(backend=f.backend, why=f.reason); return f
     try: vt = visual_tokens(clip, plan_frames(clip, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group, **plan), enc, TokenStore(store), read=read)

@@ -75,6 +75,7 @@ class Request:
     priority:int = 0 # Lower goes first
     schema:dict|None = None # JSON schema of the answer, where the engine can
     ignore_eos:bool = False # For measurements
+    confidence:bool = False # Deltas say how likely the answer is
     id:str = field(default_factory=lambda: uuid.uuid4().hex)
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Delta:
     index:int = 0 # Which of the `n` answers
     finish_reason:str|None = None # stop, length or abort
     usage:Usage|None = None # On the very last delta
+    logprob:float|None = None # Of the answer up to here, nats, where the request asks for `confidence`
 
 # %% ../nbs/09_serving.ipynb #33ca68d2
 def prompt_ids(processor, messages:list) -> list:
@@ -409,7 +411,7 @@ def _params(req:Request, room:int, processor):
     from video_vlm.model import VIDEO, stop_ids
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-    extra = dict(structured_outputs=StructuredOutputsParams(json=req.schema)) if req.schema else {}
+    extra = {**(dict(structured_outputs=StructuredOutputsParams(json=req.schema)) if req.schema else {}), **(dict(logprobs=0) if req.confidence else {})} # 0: of the chosen token only
     return SamplingParams(n=req.n, temperature=req.temperature, top_p=req.top_p, max_tokens=min(req.max_tokens, room), stop=list(req.stop) or None,
                           stop_token_ids=None if req.ignore_eos else stop_ids(processor), logit_bias={processor.tokenizer.convert_tokens_to_ids(VIDEO): -100.}, # a model may not say "video"
                           seed=req.seed, ignore_eos=req.ignore_eos, output_kind=RequestOutputKind.DELTA, **extra)
@@ -444,7 +446,7 @@ async def _vllm_generate(self, req:Request):
             async for o in stream:
                 n_out += sum(len(c.token_ids) for c in o.outputs)
                 usage = self._usage(o, n_out) if o.finished else None
-                for k, c in enumerate(o.outputs): yield Delta(c.text, tuple(c.token_ids), c.index, c.finish_reason, usage if k == len(o.outputs)-1 else None)
+                for k, c in enumerate(o.outputs): yield Delta(c.text, tuple(c.token_ids), c.index, c.finish_reason, usage if k == len(o.outputs)-1 else None, c.cumulative_logprob)
     except EngineDeadError: raise EngineDown("the engine stopped and is being restarted; try again in half a minute") from None
     except (VLLMValidationError, EngineGenerateError, ValueError) as e: raise BadRequest(str(e.__cause__ or e)[:300]) from None
     finally: self.running -= 1
@@ -580,7 +582,7 @@ class _Row:
     "One answer of one request, and the queue of whoever waits for it."
     def __init__(self, req, index, ids, emit, tokenizer, room):
         import torch
-        self.req, self.index, self.ids, self.emit, self.out, self.room, self.gone = req, index, ids, emit, [], room, False
+        self.req, self.index, self.ids, self.emit, self.out, self.room, self.gone, self.sure = req, index, ids, emit, [], room, False, 0. if req.confidence else None
         self.text = TextStream(tokenizer, req.stop)
         self.generator = None if req.seed is None else torch.Generator().manual_seed(req.seed+index)
 
@@ -588,12 +590,13 @@ class _Row:
         "Choose the next token and hand it on; True when the row has ended."
         logits = logits.clone(); logits[never] = float("-inf")
         t = sample(logits, self.req.temperature, self.req.top_p, self.generator)
+        if self.sure is not None: self.sure += float(logits.float().log_softmax(-1)[t])
         self.out.append(t)
         ended = t in eos and not self.req.ignore_eos
         full = len(self.out) >= min(self.req.max_tokens, self.room)
         new = self.text.push([t], last=ended or full)
         why = "stop" if ended or self.text.stopped else "length" if full else None
-        self.emit(Delta(new, (t,), self.index, why))
+        self.emit(Delta(new, (t,), self.index, why, None, self.sure))
         return why is not None
 
 # %% ../nbs/09_serving.ipynb #e07e21bf

@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['operator', 'adapter_folder', 'load_kept_adapters', 'AdapterRequest', 'adapter_routes', 'LiveRouter', 'ServedLog',
-           'last_question', 'row_of', 'Remembers', 'Feedback', 'feedback_routes', 'JsonlSink', 'KafkaSink', 'make_sink',
-           'Outbox', 'extend', 'add_router']
+           'last_question', 'row_of', 'parity_proof', 'parity', 'Remembers', 'Feedback', 'feedback_routes', 'JsonlSink',
+           'KafkaSink', 'make_sink', 'Outbox', 'extend', 'add_router']
 
 # %% ../nbs/09aa_traffic.ipynb #11bf18b9
-import asyncio, json, os, re, threading, time, uuid
+import asyncio, json, math, os, re, threading, time, uuid
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field
+from .cases import kept_videos
 from .data import VideoVLMError
-from .flywheel import RequestLog, in_parity_sample, token_hash
+from .flywheel import RequestLog, check_parity, in_parity_sample, token_hash
+from .frames import FramePlan, read_frames_safely
 from .gateway import ApiError, is_loopback, json_body, log, texts_of, who
 from .release import Router
 from .serving import collect, full_checkpoint
+from .store import visual_tokens
 
 # %% ../nbs/09aa_traffic.ipynb #17e94822
 def operator(gw, request) -> str:
@@ -159,8 +163,26 @@ def row_of(answer, prep, status) -> dict:
     row = dict(consent=bool(prep.chat.store), tenant=prep.tenant, model=prep.chat.model, **facts, ttft_s=None if answer.first is None else round(answer.first-prep.began, 4), total_s=None if answer.last is None else round(answer.last-prep.began, 4),
                status=status, error=answer.failed, refused=status == "content_filter", known=prep.known, out=answer.out,
                question=last_question(prep.request.messages), answer=answer.texts.get(0, "").strip(), video=video, person=prep.chat.user, spans=[[c["start"], c["end"]] for c in answer.citations()])
-    if prep.request.videos and in_parity_sample(prep.request.videos[-1].key): row["token_hash"] = token_hash(prep.request.videos[-1].tokens)
-    return row
+    if answer.sure is not None and answer.length: row["confidence"] = round(math.exp(answer.sure/answer.length), 4)
+    return {**row, **parity_proof(prep)}
+
+def parity_proof(prep) -> dict:
+    "Of a kept request in the parity sample: hash and plan of its last video's tokens, so that they can be made again offline."
+    last = max((k for k, (m, _) in enumerate(prep.media) if m.kind == "video"), default=None)
+    if last is None or not prep.chat.store or not in_parity_sample(prep.id): return {}
+    return dict(token_hash=token_hash(prep.request.videos[last].tokens), plan=asdict(prep.media[last][1]))
+
+# %% ../nbs/09aa_traffic.ipynb #377dfa09
+def parity(serve, encoder, limit=None, progress=True) -> tuple:
+    "`(rows compared, rows that differ)` of the parity sample in the log of the server whose state is in `serve`; `limit`: the newest ones only."
+    from tqdm import tqdm
+    files, path = kept_videos(serve), Path(serve)/"log"
+    if not (path/"requests.jsonl").exists(): raise VideoVLMError(f"{serve} has no request log; give the state folder of a server that has answered something")
+    rows = [r for r in RequestLog(path).rows() if r.get("token_hash") and r.get("plan") and r.get("video") in files][-(limit or 0):]
+    def again(r):
+        plan = FramePlan(**{**r["plan"], "times": tuple(r["plan"]["times"])})
+        return visual_tokens(SimpleNamespace(uri=files[r["video"]], id=r["video"]), plan, encoder, None, r.get("tenant") or "", read_frames_safely).tokens
+    return rows, check_parity(tqdm(rows, desc="parity", unit="request", disable=not progress), again)
 
 # %% ../nbs/09aa_traffic.ipynb #37713baa
 class Remembers:
@@ -294,7 +316,7 @@ def extend(gw):
 
 def add_router(gw, router):
     "Route by a registry, read again every two seconds."
-    if not Path(gw.cfg.registry).is_dir(): raise VideoVLMError(f"registry {gw.cfg.registry} is no folder; `video-vlm register` makes one")
+    if not Path(gw.cfg.registry).is_dir(): raise VideoVLMError(f"registry {gw.cfg.registry} is no folder; `video-vlm release register` makes one")
     gw.router, tasks = router, []
     async def start(gw): await router.sync(); tasks.append(asyncio.create_task(router.run()))
     async def stop(gw): [t.cancel() for t in tasks]
