@@ -31,7 +31,7 @@ test-slow: env ## The long tests only (ARGS="-k name")
 docs: env ## Build the site into _docs (Quarto if it is on PATH, else smalldocs)
 	@$(PY) tools/docs.py $(ARGS)
 
-front: env ## Figures of the front page from reports of the demo (ARGS="runs/demo/report.json ...")
+front: env ## Figures of the front page from reports of the demo (ARGS="runs/demo ...")
 	@$(PY) tools/front.py $(ARGS)
 
 readme: env ## README.md from nbs/index.ipynb

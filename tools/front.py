@@ -1,5 +1,6 @@
-"The figures on the front page from reports of the demo: `make front ARGS='runs/demo/report.json [more seeds ...]'` rewrites one cell of nbs/index.ipynb and its picture."
+"The example and the figures on the front page, from runs of the demo: `make front ARGS='runs/demo [more seeds ...]'` rewrites two cells of nbs/index.ipynb and their pictures."
 import json, sys
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +9,8 @@ import matplotlib.pyplot as plt
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-NB, PICTURE, TITLE = ROOT/"nbs/index.ipynb", "images/skills.png", "## What one run printed"
+NB, PICTURE, STRIP = ROOT/"nbs/index.ipynb", "images/skills.png", "images/one_clip.png"
+TITLE, EXAMPLE = "## What one run printed", "## What it answers about one clip"
 SHUFFLED = ("order", "direction", "action") # skills that need frames in order
 
 def draw(e, path):
@@ -42,12 +44,46 @@ Captions named {100*e['caption']['facts']['value']:.0f}% of the facts. Served by
 |---|---|---|---|---|---|---|---|---|
 """ + "\n".join(rows) + "\n\n`video-vlm bench demo --json` prints these figures for your machine."
 
+def typical(folder):
+    "The questions of one held-out medium clip: of those that were asked most kinds of question, the one whose share of right answers is nearest to that of all."
+    rows = [r for r in map(json.loads, open(folder/"07_eval/after/predictions.jsonl")) if r["facts"]["level"] == "medium"]
+    by, mean = defaultdict(list), sum(r["score"] for r in rows)/len(rows)
+    for r in rows: by[r["clip"]].append(r)
+    return min(by.items(), key=lambda kv: (-len({r["facts"]["kind"] for r in kv[1]}), abs(sum(r["score"] for r in kv[1])/len(kv[1])-mean), kv[0]))
+
+def example(folder, path):
+    "The cell of one clip; its frames go to `path`."
+    from video_vlm.data import load_clips
+    from video_vlm.frames import read_frames
+    from PIL import Image
+    import numpy as np
+    key, rows = typical(folder)
+    clip = next(c for c in load_clips(folder/"00_ingest") if c.id == key)
+    frames = read_frames(clip.uri, np.linspace(0, clip.duration-.05, 8), size=(160, round(160*clip.height/clip.width))).data
+    Image.fromarray(np.concatenate([np.pad(f, ((0, 0), (0, 3), (0, 0))) for f in frames], 1)).quantize(128).save(path)
+    lines = [f"| {r['question']} | {r['answer']}{'' if r['score'] else ' ✗'} | {r['truth']} |" for r in rows]
+    return f"""{EXAMPLE}
+
+![Eight moments of a generated clip]({STRIP})
+
+A held-out clip after `make demo`, taken because its share of right answers is nearest to that of all clips: {sum(r['score'] == 1 for r in rows)} of {len(rows)}.
+
+| Question | Answer | Truth |
+|---|---|---|
+""" + "\n".join(lines)
+
+def replace_cell(nb, title, source):
+    "The one cell that begins with `title` gets a new source."
+    cells = [c for c in nb.cells if c.source.startswith(title)]
+    if len(cells) != 1: sys.exit(f"{NB}: one cell has to begin with {title!r}")
+    cells[0].source = source
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2: sys.exit("which report? make front ARGS=runs/demo/report.json")
-    reports = [json.loads(Path(p).read_text()) for p in sys.argv[1:]]
-    nb = nbformat.read(NB, 4)
-    cells = [c for c in nb.cells if c.source.startswith(TITLE)]
-    if len(cells) != 1: sys.exit(f"{NB}: one cell has to begin with {TITLE!r}")
-    cells[0].source = text(reports); draw(reports[0]["eval"], NB.parent/PICTURE)
+    folders = [Path(p) for p in sys.argv[1:]]
+    missing = [str(f) for f in folders if not (f/"report.json").exists()]
+    if missing or not folders: sys.exit(f"no report.json in {', '.join(missing)}" if missing else "which run? make front ARGS=runs/demo")
+    reports, nb = [json.loads((f/"report.json").read_text()) for f in folders], nbformat.read(NB, 4)
+    replace_cell(nb, TITLE, text(reports)); draw(reports[0]["eval"], NB.parent/PICTURE)
+    replace_cell(nb, EXAMPLE, example(folders[0], NB.parent/STRIP))
     nbformat.write(nb, NB)
-    print(f"{NB.relative_to(ROOT)} and nbs/{PICTURE}; now: make readme")
+    print(f"{NB.relative_to(ROOT)}, nbs/{PICTURE}, nbs/{STRIP}; now: make readme")

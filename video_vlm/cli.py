@@ -370,7 +370,7 @@ def search(query: Annotated[str, typer.Argument(help="What to look for")] = "", 
     from video_vlm.moments import find, open_index, read_facts
     from video_vlm.search import sample_recall
     facts = read_facts(out)
-    if recall: return typer.echo(f"recall@{k} {sample_recall(open_index(out, facts), 50, k, tenant=tenant):.3f} over 50 random segments")
+    if recall: return typer.echo(f"recall@{k} {sample_recall(ix := open_index(out, facts), 50, k, tenant=tenant):.3f} over {min(50, len(ix))} random segments")
     hits = find(out, *load_model(facts["model"]), query, like, k, tenant, again, diverse)
     for h in hits: typer.echo(f"{h.score:8.4f}  {h.start:7.1f}s - {h.end:.1f}s  {facts['uris'][h.clip]}")
     typer.echo(f"pictures: {_search_page(query or f'like {like}', hits, facts['uris'], Path(out)/'search.html')}" if hits else "nothing found")
