@@ -111,3 +111,9 @@ def test_bench_takes_the_options_of_its_run():
 def test_world_writes_clips(tmp_path):
     code, out, err = cli("world", "--n", 3, "--out", tmp_path/"w", "--size", 64)
     assert code == 0 and len(list((tmp_path/"w"/"clips").glob("*.mp4"))) == 3, err
+
+def test_a_preset_is_a_name_for_its_checkpoint(tmp_path, monkeypatch):
+    from video_vlm.cli import chosen, packaged
+    monkeypatch.chdir(tmp_path)
+    assert chosen("tiny") == chosen(None) == str(packaged()) and chosen("org/model") == "org/model" and chosen("tiny", "http://host/v1") == "tiny"
+    (tmp_path/"tiny").mkdir(); assert chosen("tiny") == "tiny"          # a folder of that name is meant

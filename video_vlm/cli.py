@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'PACKAGES', 'release', 'RegistryFolder', 'Why', 'Dry', 'flywheel', 'fail', 'main', 'existing', 'packaged',
-           'default_model', 'named', 'spoken_beside', 'ask', 'installed', 'machine', 'preset_state', 'doctor', 'world',
-           'ingest', 'dedup', 'split', 'decontaminate', 'rule_of', 'filter_', 'clips', 'transcribe', 'encode',
+           'default_model', 'named', 'chosen', 'spoken_beside', 'ask', 'installed', 'machine', 'preset_state', 'doctor',
+           'world', 'ingest', 'dedup', 'split', 'decontaminate', 'rule_of', 'filter_', 'clips', 'transcribe', 'encode',
            'data_report', 'caption_clips_of', 'index', 'search', 'evaluate', 'robustness', 'prefer', 'gold',
            'train_command', 'demo', 'serve', 'keys', 'usage', 'benchmarks', 'run_options', 'bench', 'release_list',
            'release_show', 'release_register', 'release_promote', 'release_rollback', 'release_gate', 'release_watch',
@@ -63,6 +63,10 @@ def named(model):
     "The folder of a preset's checkpoint for `tiny` and `smol`; anything else is a folder or hub id already."
     return packaged(model) if model in ("tiny", "smol") and not Path(model).exists() else model
 
+def chosen(model, endpoint=None):
+    "Folder or hub id of the model that a command means, the default one where it says none; at an endpoint its name is not ours."
+    return model if endpoint else str(named(model) if model else default_model())
+
 def spoken_beside(path, start=None, end=None):
     "Segments of the subtitles or the transcript beside a video (as `ingest` reads them) that fall between two seconds."
     from video_vlm.data import _beside
@@ -94,7 +98,7 @@ def ask(file: Annotated[str, typer.Argument(help="A video file")], question: Ann
     from video_vlm.model import answer, load_model, plan_question
     from video_vlm.moments import ask_video, is_long
     from video_vlm.store import visual_tokens
-    vlm, processor = load_model(named(model) if model else default_model()); said = spoken_beside(path, start, end)
+    vlm, processor = load_model(chosen(model)); said = spoken_beside(path, start, end)
     if start is None and end is None and is_long(clip, processor):
         typer.echo(f"video-vlm: {clip.duration:.0f} s are too long for one look: searching in it first (kept in runs/long)", err=True)
         return typer.echo(ask_video(str(path), question, vlm, processor))
@@ -289,7 +293,7 @@ def encode(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")
     load_clips(existing(stage, "ingest folder")); how = _engine(engine); _quiet()      # refused before a model is loaded
     from video_vlm.model import load_model
     from video_vlm.scale import encode_clips
-    vlm, processor = load_model(named(model) if model else default_model()); s = processor.sampling or dict(fps=4., max_frames=24); vlm.encoder.save_pretrained(Path(out)/"encoder")
+    vlm, processor = load_model(chosen(model)); s = processor.sampling or dict(fps=4., max_frames=24); vlm.encoder.save_pretrained(Path(out)/"encoder")
     c = open_stage(encode_clips(stage, Path(out)/"encoder", out, how, fps=s["fps"], max_frames=s["max_frames"]))["counts"]
     typer.echo(f"{c['clips']} clips, {c['tokens']} visual tokens, {c['failed']} failed")
 
@@ -316,7 +320,7 @@ def caption_clips_of(stage: Annotated[str, typer.Argument(help="Folder that inge
     from video_vlm.launch import find_data, plan_of
     from video_vlm.model import caption, load_model
     from video_vlm.store import TokenStore, visual_tokens
-    name, beside = named(model) if model else default_model(), Path(stage).resolve().parent
+    name, beside = chosen(model), Path(stage).resolve().parent
     vlm, processor = load_model(name); store = TokenStore(tokens or next((f/"tokens" for f in find_data([beside]).encoded), beside/"tokens"))
     say = lambda c, prompt: caption(vlm, processor, visual_tokens(c, plan_of(c, processor, vlm.encoder), vlm.encoder, store, read=read_frames_safely), prompt)
     by = f"model:{'/'.join(Path(name).parts[-2:])}"
@@ -334,7 +338,7 @@ def index(folder: Annotated[str, typer.Argument(help="Folder of videos")], out: 
     existing(folder, "folder of videos"); _quiet()
     from video_vlm.model import load_model
     from video_vlm.moments import index_folder, read_facts
-    name = str(model or (read_facts(out)["model"] if (Path(out)/"index.json").exists() else default_model()))
+    name = str(named(model) if model else (read_facts(out)["model"] if (Path(out)/"index.json").exists() else default_model()))
     done, rejected = index_folder(folder, out, *load_model(name), name=name, tenant=tenant, describe=describe, dry=dry_run)
     for c in rejected: typer.echo(f"  passed over {c.uri}: {c.reason}")
     if dry_run: return typer.echo(f"{done} clips would be indexed in {out}")
@@ -438,7 +442,7 @@ def evaluate(task: Annotated[Optional[str], typer.Option(help="Name of a task; -
     if against and not (Path(against)/"manifest.json").exists(): raise VideoVLMError(f"{against} is no finished run: it has no manifest.json")
     out = out or f"runs/eval/{task}"
     if against and Path(against).resolve() == Path(out).resolve(): raise VideoVLMError(f"--against {against} is this run's own folder, whose scores it writes anew: give another --out")
-    args = dict(videos=videos, model=model or (None if endpoint else str(default_model())), out=out, url=endpoint, limit=limit, seed=seed, shuffle_options=shuffle, blind=blind, likelihood=likelihood, workers=workers, train=train)
+    args = dict(videos=videos, model=chosen(model, endpoint), out=out, url=endpoint, limit=limit, seed=seed, shuffle_options=shuffle, blind=blind, likelihood=likelihood, workers=workers, train=train)
     if dry_run: return typer.echo("\n".join(f"{k:14} {v}" for k, v in run_benchmark(task, data, dry=True, **args).items()))
     _quiet()
     run = run_benchmark(task, data, api_key=os.environ.get("OPENAI_API_KEY", ""), **args)
@@ -464,7 +468,7 @@ def robustness(model: Annotated[Optional[str], typer.Option(help="Checkpoint fol
     _quiet()
     from video_vlm.evaluation import open_answer
     from video_vlm.report import render_robustness
-    answer, mark = open_answer(model or ("" if endpoint else str(default_model())), endpoint or "", Path(out)/"tokens", api_key=os.environ.get("OPENAI_API_KEY", ""))
+    answer, mark = open_answer(chosen(model, endpoint) or "", endpoint or "", Path(out)/"tokens", api_key=os.environ.get("OPENAI_API_KEY", ""))
     report = run_robustness(answer, out, cfg, answer.plan, mark, say=typer.echo)
     typer.echo("\nlargest losses:")
     for r in worst_first(report)[:5]: typer.echo(f"  {r['name']:26} {r['metric']:15} {r['diff']:+.3f}  95%: {r['diff_ci95'][0]:+.3f} to {r['diff_ci95'][1]:+.3f}")
@@ -484,7 +488,7 @@ def prefer(source: Annotated[str, typer.Argument(help="pairs.jsonl, or a folder 
     existing(source, "pairs.jsonl or a folder of `video-vlm world`")
     recipe = PreferenceRecipe(name=loss, loss=loss, steps=steps, seed=seed)
     _quiet()
-    folder = prefer_files(*load_model(named(model) if model else default_model()), source, out, recipe)
+    folder = prefer_files(*load_model(chosen(model)), source, out, recipe)
     last = json.loads((folder/"log.jsonl").read_text().splitlines()[-1])
     typer.echo(f"{last['won']:.0%} of pairs won; chosen {last['chosen']-last['ref_chosen']:+.1f} nats, rejected {last['rejected']-last['ref_rejected']:+.1f} against the start\ntry:  video-vlm ask CLIP.mp4 --model {folder/'model'}")
 
@@ -577,7 +581,7 @@ def serve(model: Annotated[Optional[str], typer.Option(help="Checkpoint folder o
     if engine not in ("auto", "vllm", "transformers"): raise VideoVLMError(f"unknown engine {engine!r}: use auto, vllm or transformers")
     try: d = json.loads(existing(config).read_text()) if config else {}
     except ValueError as e: raise VideoVLMError(f"{config} is not JSON: {e}") from None
-    checkpoint = model or (packaged(preset) if preset else default_model())
+    checkpoint = packaged(preset) if preset and not model else chosen(model)
     from video_vlm.gateway import GatewayConfig, config_from, serve as run
     from video_vlm.serving import EngineConfig
     run(config_from(GatewayConfig, {**dict(folder=folder, host=host, port=port), **d.get("gateway", {})}), config_from(EngineConfig, {**dict(checkpoint=str(checkpoint)), **d.get("engine", {})}), d.get("kind", engine))
@@ -875,7 +879,7 @@ def flywheel_parity(serve: Annotated[str, typer.Argument(help="State folder of a
     _quiet()
     from video_vlm.serving import load_encoder
     from video_vlm.traffic import parity
-    rows, differ = parity(serve, load_encoder(named(model) if model else default_model()), limit)
+    rows, differ = parity(serve, load_encoder(chosen(model)), limit)
     for d in differ[:10]: typer.echo(f"  differs: {d['row']['id']}  {d['row']['at']}  logged {d['logged'][:12]}, offline {d['offline'][:60]}")
     typer.echo(f"{len(rows)} requests compared, {len(differ)} differ" if rows else "no request of the parity sample is there (one in a hundred of those that clients let us keep)")
     if differ: raise SystemExit(1)

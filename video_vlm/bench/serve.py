@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIVATE', 'PLAIN', 'write_clip', 'ask', 'session', 'counts', 'median', 'known_clip', 'crowd', 'beside_a_job',
            'http_first', 'Client', 'engine_first', 'loop_cpu', 'overhead', 'overload', 'Traps', 'png_bomb',
-           'hostile_body', 'strangers', 'claim', 'plain_encodes', 'run', 'trained_checkpoint']
+           'hostile_body', 'strangers', 'claim', 'plain_encodes', 'run', 'trained_checkpoint', 'in_process']
 
 # %% ../../nbs/benchmarks/serve.ipynb #548c96be
 import asyncio, base64, http.client, json, os, random, socket, struct, subprocess, sys, tempfile, threading, time, uuid, zlib
@@ -278,12 +278,12 @@ def run(quick:bool=False, checkpoint:str="", engine:str="auto") -> dict:
         out.update(asyncio.run(beside_a_job(server, clips[0], ten, 10 if quick else 50)))
         out["memory_mb"] = server.memory_mb()
     with Traps() as traps, start_server(replace(cfg, allow_hosts=traps.allowed), *args[1:], **quiet) as server:
-        asyncio.run(_again(server, long))
-        out["restart_encodes"] = counts(server)["encodes"]
+        out["ttft_restart_s"] = asyncio.run(_again(server, long))["ttft"]
+        out.update(restart_encodes=counts(server)["encodes"], ttft_restart_over_first=out["ttft_restart_s"]/out["ttft_first_s"])
         out.update(strangers(server, 150 if quick else 1000, traps))
     with start_server(cfg, replace(args[1], max_queue=4), kind, **quiet) as server: out.update(asyncio.run(overload(server, 30 if quick else 100)))
     out.update(overhead(replace(cfg, folder=str(tmp/"overhead")), args[1], kind, clips[0], 20 if quick else 100))
-    if kind == "vllm": out["plain_vllm_restart_encodes"] = plain_encodes(checkpoint)
+    if kind == "vllm": out.update(plain_vllm_restart_encodes=plain_encodes(checkpoint), **in_process(replace(cfg, folder=str(tmp/"inprocess")), args[1], long, quiet))
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in out.items()}
 
 def trained_checkpoint() -> str:
@@ -292,5 +292,11 @@ def trained_checkpoint() -> str:
     try: return str(checkpoint_folder("tiny"))
     except VideoVLMError: return ""
 
+def in_process(cfg, engine_cfg, clip, quiet) -> dict:
+    "The figures of a known clip on the engine without vLLM."
+    with start_server(cfg, engine_cfg, "transformers", **quiet) as server: return {f"inprocess_{k}": v for k, v in asyncio.run(known_clip(server, clip, 8)).items()}
+
 async def _again(server, clip):
-    async with session(server.url) as c: return await ask(c, "And after a restart?", f"file://{clip}")
+    async with session(server.url) as c:
+        for i in range(3): await ask(c, f"warm up {i}")
+        return await ask(c, "And after a restart?", f"file://{clip}")
