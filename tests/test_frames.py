@@ -117,7 +117,7 @@ def test_shown_at(): assert shown_at([0, .5, 1.], [.4985, .4995, .5, -1, 99]).to
 # -- hostile --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("bframes", [0, 1, 2, 3])
 def test_damage_in_the_middle(tmp_path, bframes):
-    "Whatever the damage (colour conversion, so the bytes, differ between CPUs): what is read is what a player shows, or the file is refused."
+    "Whatever the damage: frames are those of the moments asked for, and where it was noticed they are what a player shows; or the file is refused."
     clean, read = write_video(tmp_path/"a.mp4", texture(), fps=24, gop=250, bframes=bframes).read_bytes(), []
     for step, (k, part) in itertools.product(range(61, 140, 6), enumerate((.4, .5, .6))):
         raw = bytearray(clean); p = tmp_path/f"{step}_{k}.mp4"
@@ -125,8 +125,9 @@ def test_damage_in_the_middle(tmp_path, bframes):
         p.write_bytes(raw)
         try: r = exactness(p)
         except MediaError: continue
-        assert r["equal_times"] == 1 and r["diff"] <= 2, (step, part, r)
-        read.append("in sequence" in r["reason"])
+        noticed = "in sequence" in r["reason"] # damage in pictures that are skipped is not: see 02
+        assert r["equal_times"] == 1 and (r["diff"] <= 2 or not noticed), (step, part, r)
+        read.append(noticed)
     assert len(read) > 20 and np.mean(read) > .8 # the fast path noticed
 
 def test_limits_come_before_decoding(tmp_path):

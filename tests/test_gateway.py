@@ -302,3 +302,12 @@ def test_the_door_does_not_open_when_the_last_key_is_erased(tmp_path):
     key = make_key(book, "acme"); assert tenant_of(book, f"Bearer {key}") == "acme"
     book.run("delete from keys")
     with pytest.raises(ApiError): tenant_of(book, None)
+
+def test_a_job_that_is_wanted_again_has_its_three_tries_again(tmp_path):
+    from video_vlm.gateway import Book, Jobs
+    j = Jobs(Book(tmp_path/"gateway.db")); j.add("v", "t", "c", "{}")
+    for _ in range(3): assert j.take(); j.set("v", "done", 1.); j.add("v", "t", "c", "{}", lost=True)
+    for _ in range(3): assert j.take(); j.give_back("v")                     # planned restarts are nobody's fault
+    for _ in range(3): assert j.take()["id"] == "v"; j.recover()             # kills are
+    assert j.get("v")["state"] == "failed" and j.take() is None
+    j.add("v", "t", "c", "{}", again=True); assert j.take(); j.recover(); assert j.get("v")["state"] == "queued"

@@ -53,7 +53,8 @@ def test_a_killed_worker_costs_its_lease_and_three_cost_the_job(url):
         os.kill(p.pid, signal.SIGKILL); p.wait(); time.sleep(1.3)
     assert h.take() is None and h.get("vid-a")["state"] == "failed" and "three times" in h.get("vid-a")["error"]
     h.add("vid-a", "t", "c", "{}"); assert h.counts() == dict(failed=1)                      # asked for again, but not wanted again
-    h.add("vid-a", "t", "c", "{}", again=True); assert h.counts() == dict(queued=1)
+    h.add("vid-a", "t", "c", "{}", again=True); assert h.counts() == dict(queued=1) and h.get("vid-a")["tries"] == 0
+    assert h.take()["tries"] == 1; h.give_back("vid-a"); assert h.counts() == dict(queued=1) and h.get("vid-a")["tries"] == 0     # an orderly stop
     h.close()
 
 def test_states_change_only_where_they_may_and_all_is_there_after_a_restart(url):

@@ -240,7 +240,7 @@ class Jobs:
         "A new job, or the one that there is: queued once more if it is `again` wanted after it failed or was cancelled, or if what it made is `lost`."
         now = time.time()
         self.book.run("insert or ignore into jobs(id, tenant, content, state, webhook, request, created, updated) values(?,?,?,'queued','',?,?,?)", id, tenant, content, request, now, now)
-        self.book.run("update jobs set state='queued', progress=0, error=null, updated=? where id=? and ((? and state in ('failed','cancelled')) or (state='done' and ?))", now, id, again, lost)
+        self.book.run("update jobs set state='queued', progress=0, tries=0, error=null, updated=? where id=? and ((? and state in ('failed','cancelled')) or (state='done' and ?))", now, id, again, lost)
     def get(self, id): return self.book.one("select * from jobs where id=?", id)
     def of(self, tenant, n=200): return self.book.run("select * from jobs where tenant=? order by created desc limit ?", tenant, n)
     def counts(self): return {r["state"]: r["n"] for r in self.book.run("select state, count(*) n from jobs group by state")}
@@ -254,6 +254,9 @@ class Jobs:
             row = self.book.one("select * from jobs where state='queued' order by created limit 1")
             if row: self.book.run("update jobs set state='running', tries=tries+1, updated=? where id=?", time.time(), row["id"])
         return row
+    def give_back(self, id):
+        "A job that an orderly stop interrupted waits again, as if it had not been taken."
+        self.book.run("update jobs set state='queued', tries=tries-1 where id=? and state='running'", id)
     def recover(self):
         "Put right what a killed process left; returns the jobs whose webhook is still to be called."
         self.book.run("update jobs set state='failed', error='the server stopped three times while this video was read' where state='running' and tries>=3")
@@ -1010,7 +1013,7 @@ def _run_job(self, row:dict):
         self.tokens_of(Media(row["content"], d["path"], d["kind"]), plan, row["tenant"], progress, tell=True)
         self.queue.set(row["id"], "done", 1.)
     except Exception as e:
-        if self.closing: return # the next start takes it up again
+        if self.closing: return self.queue.give_back(row["id"]) # the next start takes it up again
         self.queue.set(row["id"], "failed", 0., str(as_api_error(e))[:300])
     threading.Thread(target=self.call_webhook, args=(row["id"], row["tenant"]), daemon=True).start()
 

@@ -85,13 +85,18 @@ def move(self:RedisJobs, id, from_, to, score, **facts)->bool:
 def add(self:RedisJobs, id, tenant, content, request, again=False, lost=False):
     self._add(args=[self.p, id, tenant, time.time(), "content", content, "request", request, "updated", time.time()])
     old = (("failed", "cancelled") if again else ())+(("done",) if lost else ())
-    if old: self.move(id, old, "queued", time.time(), progress=0, error="", updated=time.time())
+    if old: self.move(id, old, "queued", time.time(), progress=0, tries=0, error="", updated=time.time())
 
 @patch
 def take(self:RedisJobs):
     id = self._take(args=[self.p, time.time(), self.lease])
     if id: self.mine.add(id)
     return self.get(id) if id else None
+
+@patch
+def give_back(self:RedisJobs, id):
+    self.mine.discard(id)
+    if d := self.get(id): self.move(id, ("running",), "queued", d["created"], tries=d["tries"]-1)
 
 @patch
 def cancel(self:RedisJobs, id): self.move(id, ("queued", "running"), "cancelled", time.time(), updated=time.time())
