@@ -128,7 +128,7 @@ def test_damage_in_the_middle(tmp_path, bframes):
         noticed = "in sequence" in r["reason"] # damage in pictures that are skipped is not: see 02
         assert r["equal_times"] == 1 and (r["diff"] <= 2 or not noticed), (step, part, r)
         read.append(noticed)
-    assert len(read) > 20 and np.mean(read) > .8 # the fast path noticed
+    assert len(read) > 20 and np.mean(read) > .7 # the fast path noticed
 
 def test_limits_come_before_decoding(tmp_path):
     p = write_video(tmp_path/"bomb.mp4", np.zeros((30, 2048, 2048, 3), np.uint8), fps=30)
