@@ -25,6 +25,19 @@ def note():
     "note(heading, line): a line (or anything that str() makes one of) for the report at the end of the run."
     return lambda heading, line: NOTES.setdefault(heading, []).append(str(line))
 
+@pytest.fixture(scope="session")
+def say():
+    "say(*words): the command line as a person types it, `(exit code, what was printed)`; a mistake is 2 and its one line, a fault of ours fails the test."
+    from typer.testing import CliRunner
+    from video_vlm.cli import app
+    from video_vlm.data import VideoVLMError
+    def run(*words):
+        r = CliRunner().invoke(app, [str(w) for w in words])
+        if isinstance(r.exception, VideoVLMError): return 2, str(r.exception)
+        assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
+        return r.exit_code, r.output
+    return run
+
 FORKS = ("test_training", "test_training_processes", "test_preference")   # they fork this process: before other tests have started threads and process groups in it
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda i: i.module.__name__ not in FORKS)

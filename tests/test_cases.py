@@ -2,18 +2,10 @@
 import json, re, shutil
 from pathlib import Path
 import numpy as np, pytest
-from typer.testing import CliRunner
 from video_vlm import cases as C
-from video_vlm.cli import app
-from video_vlm.data import Sample, VideoVLMError, content_id, save_samples, write_video
+from video_vlm.data import Sample, content_id, save_samples, write_video
 from video_vlm.flywheel import FlywheelConfig, FlywheelError, RequestLog, Subject, Tombstones, annotate
 from video_vlm.splits import load_splits
-
-def say(*words):
-    r = CliRunner().invoke(app, [str(w) for w in words])
-    if isinstance(r.exception, VideoVLMError): return 2, str(r.exception)
-    assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
-    return r.exit_code, r.output
 
 def clip(path, k, light=1.):
     x = np.full((16, 48, 64, 3), 60, np.uint8); path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +34,7 @@ def label(out, to, people, answer="a box"):
     for who, right in people: tasks = [annotate(t, who, answer if i < right*len(tasks) else "a dog") for i, t in enumerate(tasks)]
     to.write_text(json.dumps(tasks)); return to
 
-def test_from_the_log_of_a_server_to_the_next_data_set(serve, tmp_path):
+def test_from_the_log_of_a_server_to_the_next_data_set(serve, tmp_path, say):
     folder, ids = serve; runs = tmp_path/"runs"
     code, out = say("flywheel", "mine", folder, "--out", tmp_path/"mined", "--budget", 8, "--seed", 1); assert code == 0 and "1 pairs from edits" in out, out
     text = (tmp_path/"mined/tasks.json").read_text(); assert "secret" not in text and "ann@" not in text and "acme" not in text
@@ -86,7 +78,7 @@ def test_conditions_come_from_what_training_saw(serve, tmp_path):
 
 @pytest.mark.parametrize("words,said", [(("mine", "NOWHERE"), "does not exist"), (("mine", "EMPTY"), "no request log"), (("mine", "SERVE", "--budget", "0"), "at least 1"), (("mine", "SERVE", "--gold", "NOWHERE"), "does not exist"),
     (("mine", "SERVE", "--labeller", "http://127.0.0.1:9/v1"), "nobody answers"), (("accept", "NOWHERE"), "does not exist"), (("accept", "JUNK", "--mined", "EMPTY"), "not written by"), (("accept", "JUNK", "--votes", "0"), "1 or more"), (("accept", "JUNK", "--previous", "EMPTY"), "does not exist")])
-def test_mistakes_are_one_line(serve, tmp_path, words, said):
+def test_mistakes_are_one_line(serve, tmp_path, words, said, say):
     (tmp_path/"empty").mkdir(); (tmp_path/"junk").write_text("{")
     put = dict(NOWHERE=tmp_path/"nowhere", EMPTY=tmp_path/"empty", SERVE=serve[0], JUNK=tmp_path/"junk")
     code, out = say("flywheel", *[put.get(w, w) for w in words], "--out", tmp_path/"out"); assert code == 2 and said in out and len(out.strip().splitlines()) == 1

@@ -138,3 +138,13 @@ def test_against_gbstats():
     s = SequentialTwoSidedTTest(stat(a), stat(b), SequentialConfig(difference_type="absolute", sequential_tuning_parameter=2000)).compute_result()
     lo, hi, _ = E.always_valid(d, se, 2000, 2000)
     assert abs((s.ci[1]-s.ci[0])/(hi-lo)-1) < .1
+
+def test_off_policy_interval_counts_users_not_requests():
+    "Users who differ, ten requests each or forty: the interval by user holds the truth, the one by request does not."
+    hit, users, names = np.zeros(2), 120, ("base", "tuned")
+    for seed in range(200):
+        rng = np.random.default_rng(seed); rate = rng.beta(.4, .4, users); unit = np.repeat(np.arange(users), rng.choice([10, 40], users)); tuned = rng.random(len(unit)) < .5
+        rows = [dict(action=names[int(a)], propensity=.5, options=names, reward=float(rng.random() < rate[u]), x=[0.], unit=int(u)) for u, a in zip(unit, tuned)]
+        for k, rs in enumerate((rows, [{c: v for c, v in r.items() if c != "unit"} for r in rows])):
+            e = E.off_policy(rs, {"tuned": 1.})["estimates"][1]; hit[k] += e.lo <= .5 <= e.hi
+    assert .9 <= hit[0]/200 <= .99 and hit[1]/200 < .8, hit/200

@@ -103,3 +103,33 @@ def test_every_exporting_notebook_has_its_module():
 def test_ten_stages():
     stages = {"data", "dedup", "frames", "encoder", "model", "training", "search", "evaluation", "release", "serving"}
     assert stages <= set(RANK), f"missing: {sorted(stages - set(RANK))}"
+
+LIGHT = """
+import contextlib, io, json, os, sys
+from pathlib import Path
+def alone(words):
+    "(exit code, model libraries that were imported, what was printed) of a command, in a fork of its own."
+    r, w = os.pipe()
+    if not os.fork():
+        from video_vlm.cli import main
+        sys.argv, out = ["video-vlm", *words], io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try: main(); code = 0
+            except SystemExit as e: code = e.code or 0
+            except BaseException as e: code = repr(e)
+        os.write(w, json.dumps([code, [m for m in ("torch", "transformers", "sklearn") if m in sys.modules], out.getvalue()[-2000:]]).encode()); os._exit(0)
+    os.close(w)
+    with os.fdopen(r) as f: said = f.read()
+    os.wait(); return json.loads(said)
+Path("model").mkdir(); Path("model/config.json").write_text("{}"); Path("runs/tokens/entries").mkdir(parents=True)
+print("RESULT" + json.dumps([[c, *alone(c.split())] for c in sys.argv[1:]]))
+"""
+
+def test_commands_without_a_model_do_not_load_one(tmp_path):
+    "Keys, bills, versions and erasures are asked for by people and cron jobs that should not wait for torch and transformers."
+    import json
+    commands = ["keys add acme --folder runs/serve", "keys list --folder runs/serve", "usage --folder runs/serve", "release register model --registry runs/registry", "release list --registry runs/registry", "release promote 1 --dry-run --registry runs/registry",
+                "erase --tenant acme --dry-run", "erase --tenant acme", "erase --due", "bench", "eval --list", *(f"{c} --help" for c in ("dedup", "search", "index", "flywheel mine", "serve"))]
+    r = subprocess.run([sys.executable, "-c", LIGHT, *commands], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, timeout=600)
+    assert "RESULT" in r.stdout, r.stderr[-2500:]
+    for command, code, heavy, said in json.loads(r.stdout.split("RESULT")[1]): assert code == 0 and not heavy, (command, code, heavy, said)

@@ -227,3 +227,31 @@ def test_losses_are_those_of_trl(kind, sft, tmp_path):
     ours = [json.loads(l)["loss"] for l in (out/"log.jsonl").read_text().splitlines()]
     assert len(ours) == len(theirs) == 8 and max(abs(a-b) for a, b in zip(ours, theirs)) < 1e-4, (ours, theirs)
     assert abs(ours[-1]-ours[0]) > 1e-2                                     # something was learnt on the way
+
+def test_own_clips_are_judged_by_a_model_that_reads_the_constitution(tmp_path):
+    "`say` knows the truth of each file and answers what a large model would be asked; one clip makes it fail, and a stopped run asks nothing twice."
+    from video_vlm.data import ingest
+    from video_vlm.world import WorldConfig, write_world
+    world = write_world(tmp_path/"world", WorldConfig(n=4, size=96, seed=8, level="hard"), progress=False)
+    truths = {Path(t["video"]).name: t for t in map(json.loads, (world/"truth.jsonl").read_text().splitlines())}
+    ingest(world/"clips", tmp_path/"00_ingest")
+    asked, (broken, *_) = [], sorted(truths)
+    def say(video, text):
+        asked.append((Path(video).name, text)); truth = truths[Path(video).name]
+        if Path(video).name == broken: raise P.PreferenceError("the judge is away")
+        if text.startswith("Question about the video") and "Write the new answer only" in text: return truth["captions"][0]
+        if "Reply with A, B or tie" in text:
+            wrong = [P.check_caption(text.split(f"Answer {s}: ")[1].split("\nAnswer B" if s == "A" else "\nWhich")[0], truth) for s in "AB"]
+            score = [c["told"]-2*c["wrong"] for c in wrong]
+            return "tie" if score[0] == score[1] else "AB"[score[1] > score[0]]
+        return "yes, a thing that is not there" if "Does the answer name anything" in text else "no"
+    model, processor = load_model(str(files("video_vlm")/"checkpoints"/"tiny"), device="cpu")
+    with pytest.raises(P.PreferenceError, match="--judge"): P.prefer_files(model, processor, tmp_path/"00_ingest", tmp_path/"run", progress=False)
+    out = P.prefer_files(model, processor, tmp_path/"00_ingest", tmp_path/"run", P.dpo(steps=1, clips=1, lora_rank=2), k=2, progress=False, say=say, by="model:big")
+    pools, found = [json.loads(l) for l in open(out/"pools.jsonl")], P.load_pairs(out/"pairs.jsonl")
+    assert [bool(p["error"]) for p in pools] == [Path(p["video"]).name == broken for p in pools] and any(p["revised"] for p in pools)
+    assert found and all(p.by == "model:big" and P.check_caption(p.chosen, truths[Path(p.video).name])["wrong"] == 0 for p in found)
+    before = len(asked); (out/"pairs.jsonl").unlink()
+    P.draw_pairs(model, processor, [(p["video"], p["prompt"]) for p in pools], None, None, journal=out/"pools.jsonl")
+    assert len(asked) == before
+    with pytest.raises(P.PreferenceError, match="other clips"): P.draw_pairs(model, processor, [("else", "x")], None, None, journal=out/"pools.jsonl")

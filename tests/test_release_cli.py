@@ -3,24 +3,15 @@ import json, re
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np, pytest
-from typer.testing import CliRunner
 from video_vlm import release as R
-from video_vlm.cli import app
-from video_vlm.data import VideoVLMError
-
-def say(*words):
-    r = CliRunner().invoke(app, [str(w) for w in words])
-    if isinstance(r.exception, VideoVLMError): return 2, str(r.exception)
-    assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
-    return r.exit_code, r.output
 
 def write(path, preds): path.write_text("".join(json.dumps(asdict(p))+"\n" for p in preds)); return path
 
-@pytest.mark.parametrize("words", ["release list", "release show", "release register", "release promote", "release rollback", "release gate", "release watch", "release shadow", "erase", "flywheel demo", "flywheel mine", "flywheel accept", "flywheel parity", "experiment"])
-def test_help_has_an_example(words):
+@pytest.mark.parametrize("words", ["release list", "release show", "release register", "release promote", "release rollback", "release gate", "release watch", "release shadow", "erase", "flywheel demo", "flywheel mine", "flywheel accept", "flywheel parity", "flywheel calibrate", "experiment"])
+def test_help_has_an_example(words, say):
     code, out = say(*words.split(), "--help"); assert code == 0 and re.search(r"Examples?:", out)
 
-def test_a_version_from_candidate_to_live_and_back(tmp_path):
+def test_a_version_from_candidate_to_live_and_back(tmp_path, say):
     at = ("--registry", tmp_path/"reg")
     for n in "ab": (tmp_path/n).mkdir(); (tmp_path/n/"w").write_text(n); assert say("release", "register", tmp_path/n, *at)[0] == 0
     assert say("release", "promote", 1, *at)[0] == 0
@@ -36,7 +27,7 @@ def test_a_version_from_candidate_to_live_and_back(tmp_path):
     assert "would rollback: live 1" in say("release", "rollback", "--dry-run", *at)[1] and "live 1" in say("release", "rollback", "--why", "test", *at)[1]
     assert json.loads(say("release", "show", 2, *at)[1])["state"] == "retired" and "retired" in say("release", "list", *at)[1]
 
-def test_a_canary_is_watched_on_the_log_of_a_server(tmp_path):
+def test_a_canary_is_watched_on_the_log_of_a_server(tmp_path, say):
     from video_vlm.flywheel import RequestLog
     at = ("--registry", tmp_path/"reg"); log = RequestLog(tmp_path/"serve/log")
     for n in "abc": (tmp_path/n).mkdir(); (tmp_path/n/"w").write_text(n); assert say("release", "register", tmp_path/n, *at)[0] == 0
@@ -50,7 +41,7 @@ def test_a_canary_is_watched_on_the_log_of_a_server(tmp_path):
     code, out = say("release", "watch", tmp_path/"serve", "--every", 1, *at); assert code == 1 and "rollback: errors" in out and R.Registry(tmp_path/"reg").state()["canary"] is None
     assert "does not exist" in say("release", "watch", tmp_path/"nowhere", *at)[1] and "above 0" in say("release", "watch", tmp_path/"serve", "--every", 0, *at)[1]
 
-def test_a_shadow_is_set_ended_and_compared(tmp_path):
+def test_a_shadow_is_set_ended_and_compared(tmp_path, say):
     from video_vlm.flywheel import RequestLog
     at = ("--registry", tmp_path/"reg"); log = RequestLog(tmp_path/"serve/log")
     for n in "ab": (tmp_path/n).mkdir(); (tmp_path/n/"w").write_text(n); say("release", "register", tmp_path/n, *at)
@@ -62,7 +53,7 @@ def test_a_shadow_is_set_ended_and_compared(tmp_path):
     assert "75.0% of 20 answers" in say("release", "shadow", "--serve", tmp_path/"serve", *at)[1]
     assert "shadow - on 0%" in say("release", "shadow", *at)[1] and R.Registry(tmp_path/"reg").state()["shadow"] is None
 
-def test_erase_says_first_and_does_then(tmp_path):
+def test_erase_says_first_and_does_then(tmp_path, say):
     runs = tmp_path/"runs"; (runs/"logs").mkdir(parents=True); f = runs/"logs/l.jsonl"
     f.write_text("".join(json.dumps(dict(person=p, answer="red"))+"\n" for p in ("ann@example.org", "bob"))); before = f.read_text()
     code, out = say("erase", "--person", "ann@example.org", "--dry-run", "--runs", runs); assert code == 0 and "would remove" in out and f.read_text() == before and not (runs/"erasure").exists()
@@ -70,13 +61,13 @@ def test_erase_says_first_and_does_then(tmp_path):
     f.write_text(before); assert "1 subjects" in say("erase", "--again", "--runs", runs)[1] and "ann@" not in f.read_text()
     assert "one of --video" in say("erase", "--video", "a", "--person", "b", "--runs", runs)[1]
 
-def test_what_is_to_be_made_again_is_listed_until_it_was(tmp_path):
+def test_what_is_to_be_made_again_is_listed_until_it_was(tmp_path, say):
     runs = tmp_path/"runs"; runs.mkdir(); assert "nothing was erased there yet" in say("erase", "--due", "--runs", runs)[1]
     (runs/"lineage.jsonl").write_text(json.dumps(dict(id="model-3", parents=["v1"], kind="model", regenerate=True))+"\n"); (runs/"l.jsonl").write_text(json.dumps(dict(video="v1"))+"\n")
     assert say("erase", "--video", "v1", "--runs", runs)[0] == 0 and re.search(r"\d{4}-\d\d-\d\d  model-3", say("erase", "--due", "--runs", runs)[1])
     assert "on no list" in say("erase", "--done", "model-4", "--runs", runs)[1] and "nothing is left" in say("erase", "--done", "model-3", "--runs", runs)[1]
 
-def test_experiment_from_files(tmp_path):
+def test_experiment_from_files(tmp_path, say):
     rng = np.random.default_rng(0); e, o = tmp_path/"e.jsonl", tmp_path/"o.jsonl"
     rows = [dict(experiment="x", key=f"u{i}", variant=str(rng.choice(["a", "b"])), time=float(i), tenant="t", propensity=.5) for i in range(2000)]
     e.write_text("".join(json.dumps(r)+"\n" for r in rows)); o.write_text("".join(json.dumps(dict(key=r["key"], time=r["time"]+1, stars=float(rng.normal(3+(r["variant"] == "b"))), errors=0, requests=2))+"\n" for r in rows))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from .data import VideoVLMError, atomic_write, content_id, load_clips, load_samples, utc_now
 from .evaluation import EvaluationConfig, Item, Task, run_task
+from .experiments import read_lines
 from .flywheel import LABEL_CONFIG, Case, FlywheelConfig, FlywheelError, Lineage, RequestLog, agreement, annotator_quality, from_label_studio, mine, next_dataset, pairs_from_edits, settle, to_label_studio, to_samples, usable, with_gold
 from .report import media_facts
 from .tombstones import tombstones_of
@@ -115,7 +116,7 @@ def read_export(path)->list:
     return tasks
 
 def take_labels(export, mined, out, previous=None, votes=2, least=.7, runs=None)->dict:
-    "Labels of an export as a data set version in `out`, on top of the `previous` version's folder; returns its card with quality and agreement. Answers that are not settled are listed in `again.json`."
+    "Labels of an export as a data set version in `out`, on top of the `previous` version's folder; returns its card with quality and agreement. Answers that are not settled are listed in `again.json`, settled ones in `labels.jsonl` (for calibration)."
     mined = Path(mined)
     if not (mined/"manifest.json").exists(): raise FlywheelError(f"{mined} was not written by `video-vlm flywheel mine`: it has no manifest.json")
     serve, gold, labels = json.loads((mined/"manifest.json").read_text())["serve"], json.loads((mined/"gold.json").read_text()), from_label_studio(read_export(export))
@@ -124,6 +125,8 @@ def take_labels(export, mined, out, previous=None, votes=2, least=.7, runs=None)
     standing = [v for v in verified if v["clip"] in files and not tombstones_of(serve).covers(v["clip"])]
     if not standing: raise FlywheelError(f"no answer is settled among {len(labels)} labels: {votes} people who agree are needed for each (--votes), {len(again)} go back to them")
     card = next_dataset(out, to_samples(standing, files), previous, Lineage(Path(runs)/"lineage.jsonl") if runs else None)
+    drawn = {c["row"]["id"] for c in read_lines(mined/"cases.jsonl") if c["why"] == ["explore"]}
+    with atomic_write(Path(out)/"labels.jsonl") as f: f.writelines(json.dumps(dict(id=v["id"], video=v["clip"], answer=v["answer"], drawn=v["id"] in drawn), ensure_ascii=False)+"\n" for v in standing)
     card |= dict(verified=len(standing), again=len(again), agreement=agreement(labels), annotators={a: dict(right=q[0], low=q[1], high=q[2], gold=q[3]) for a, q in quality.items()})
     for name, doc in (("card", card), ("again", again)):
         with atomic_write(Path(out)/f"{name}.json") as f: json.dump(doc, f, indent=1)

@@ -9,8 +9,8 @@ __all__ = ['app', 'PACKAGES', 'release', 'RegistryFolder', 'Why', 'Dry', 'flywhe
            'data_report', 'caption_clips_of', 'index', 'search', 'evaluate', 'robustness', 'prefer', 'gold',
            'train_command', 'demo', 'serve', 'keys', 'usage', 'benchmarks', 'run_options', 'bench', 'release_list',
            'release_show', 'release_register', 'release_promote', 'release_rollback', 'release_gate', 'release_watch',
-           'release_shadow', 'erase', 'flywheel_demo', 'experiment', 'flywheel_mine', 'flywheel_accept',
-           'flywheel_parity']
+           'release_shadow', 'erase', 'flywheel_demo', 'flywheel_mine', 'flywheel_accept', 'flywheel_parity',
+           'flywheel_calibrate', 'experiment']
 
 # %% ../nbs/09b_cli.ipynb #af6b7101
 import importlib.util, inspect, json, os, pkgutil, platform, shutil, sys, time
@@ -475,20 +475,36 @@ def robustness(model: Annotated[Optional[str], typer.Option(help="Checkpoint fol
     typer.echo(f"report: {render_robustness(out)}")
 
 # %% ../nbs/09b_cli.ipynb #259f2f1e
-@app.command()
-def prefer(source: Annotated[str, typer.Argument(help="pairs.jsonl, or a folder that `video-vlm world` wrote")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/prefer", model: Annotated[Optional[str], typer.Option(help="Checkpoint folder or hub id")] = None,
-           loss: Annotated[str, typer.Option(help="dpo, ipo or kto")] = "dpo", steps: Annotated[int, typer.Option()] = 60, seed: Annotated[int, typer.Option()] = 0):
-    """Preference training: candidates, pairs by exact facts (or yours), DPO with an SFT term on LoRA. Run again, it goes on.
+def _judge_says(judge, out):
+    "`say(video, text)` of a checkpoint or a server, for critique, revision and comparison."
+    from video_vlm.evaluation import Item, open_answer
+    server = judge.startswith(("http://", "https://"))
+    answer, _ = open_answer("" if server else chosen(judge), judge if server else "", Path(out)/"judge_tokens", api_key=os.environ.get("OPENAI_API_KEY", ""))
+    def say(video, text):
+        item = Item(text, str(video), str(video), text)
+        return str(answer([item], [text])[0] if getattr(answer, "batched", False) else answer(item, text))
+    return say
 
-    Example:  video-vlm world --out data/w --n 200 && video-vlm prefer data/w --out runs/prefer
+@app.command()
+def prefer(source: Annotated[str, typer.Argument(help="pairs.jsonl, a folder that `video-vlm world` wrote, or a folder that ingest wrote (with --judge)")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/prefer", model: Annotated[Optional[str], typer.Option(help="Checkpoint folder or hub id")] = None,
+           loss: Annotated[str, typer.Option(help="dpo, ipo or kto")] = "dpo", steps: Annotated[int, typer.Option()] = 60, seed: Annotated[int, typer.Option()] = 0,
+           judge: Annotated[Optional[str], typer.Option(help="Who reads the constitution: a checkpoint, a hub id, or the URL of an OpenAI-compatible server (OPENAI_API_KEY is read)")] = None,
+           constitution: Annotated[Optional[str], typer.Option(help="Markdown file of rules; by default the package's own")] = None, prompt: Annotated[str, typer.Option(help="What the candidates answer")] = "Describe the video.",
+           k: Annotated[int, typer.Option("-k", "--k", help="Candidates a clip")] = 4):
+    """Preference training: candidates, pairs by exact facts (or yours, or a judge that reads a constitution), DPO with an SFT term on LoRA. Run again, it goes on.
+
+    Examples:  video-vlm world --out data/w --n 200 && video-vlm prefer data/w --out runs/prefer
+
+    video-vlm prefer runs/own/00_ingest --judge http://localhost:8000/v1 --constitution rules.md
     """
-    from video_vlm.model import load_model
-    from video_vlm.preference import PreferenceRecipe, prefer_files
+    from video_vlm.preference import PreferenceRecipe, load_constitution, prefer_files
     if steps < 1: raise VideoVLMError(f"--steps {steps}: at least 1")
-    existing(source, "pairs.jsonl or a folder of `video-vlm world`")
+    if k < 2: raise VideoVLMError(f"--k {k}: a pair needs at least 2 candidates")
+    existing(source, "pairs.jsonl, folder of `video-vlm world` or ingest folder"); load_constitution(constitution)
     recipe = PreferenceRecipe(name=loss, loss=loss, steps=steps, seed=seed)
     _quiet()
-    folder = prefer_files(*load_model(chosen(model)), source, out, recipe)
+    from video_vlm.model import load_model
+    folder = prefer_files(*load_model(chosen(model)), source, out, recipe, k, prompt, say=_judge_says(judge, out) if judge else None, by=f"model:{judge}", constitution=constitution)
     last = json.loads((folder/"log.jsonl").read_text().splitlines()[-1])
     typer.echo(f"{last['won']:.0%} of pairs won; chosen {last['chosen']-last['ref_chosen']:+.1f} nats, rejected {last['rejected']-last['ref_rejected']:+.1f} against the start\ntry:  video-vlm ask CLIP.mp4 --model {folder/'model'}")
 
@@ -812,26 +828,6 @@ def flywheel_demo(out: Annotated[str, typer.Option(help="Folder for everything; 
     typer.echo(summary_table(run_loop(small(**settings) if quick else LoopConfig(**settings), say=lambda text, **kw: typer.echo(text, err=True))))
     typer.echo(f"report: {Path(out)/'report.html'}   versions: video-vlm release list --registry {Path(out)/'registry'}")
 
-@app.command()
-def experiment(exposures: Annotated[str, typer.Argument(help="Exposure log (JSON lines), or the state folder of a server that ran the trial")], name: Annotated[str, typer.Option(help="Experiment")],
-               variants: Annotated[str, typer.Option(help="Shares, control first: old=0.5,new=0.5")], metric: Annotated[list[str], typer.Option(help="A field, or field/field for a ratio; then :lower, :guard=MARGIN, :before=FIELD (CUPED). May be given several times")],
-               cluster: Annotated[Optional[str], typer.Option(help="Field of the exposures whose units belong together, such as tenant")] = None, outcomes: Annotated[str, typer.Argument(help="Outcomes (JSON lines: key, time, fields); a server's are in its log")] = "",
-               planned: Annotated[Optional[int], typer.Option(help="Planned units: intervals that may be looked at daily")] = None, html: Annotated[Optional[str], typer.Option(help="Write a page with plots")] = None):
-    """Read an A/B test: sample ratio first, then effects with intervals, corrected for many metrics.
-
-    Example:  video-vlm experiment exposures.jsonl outcomes.jsonl --name frames --variants fps4=0.5,fps8=0.5 --metric stars --metric errors/requests:lower:guard=0.005
-
-    A server's trial:  video-vlm experiment runs/serve --name frames --variants base=0.5,tuned=0.5 --metric liked/requests --cluster tenant
-    """
-    from video_vlm.experiments import AnalysisConfig, Experiment, analyse_files, parse_metric, report_html
-    try: shares = {k: float(v) for k, v in (p.split("=") for p in variants.split(","))}
-    except ValueError: raise VideoVLMError(f"--variants {variants}: write them as old=0.5,new=0.5") from None
-    if not outcomes and not Path(existing(exposures, "file of exposures")).is_dir(): raise VideoVLMError("outcomes are missing: give a second file, or the state folder of a server")
-    if not outcomes: from video_vlm.trials import trial_files; exposures, outcomes = trial_files(exposures)
-    a = analyse_files(existing(exposures, "file of exposures"), existing(outcomes, "file of outcomes"), Experiment(name, shares), [parse_metric(m) for m in metric], AnalysisConfig(planned=planned, cluster=cluster))
-    if html: report_html(a, html)
-    typer.echo(str(a))
-
 # %% ../nbs/09b_cli.ipynb #a60a00a0
 @flywheel.command("mine")
 def flywheel_mine(serve: Annotated[str, typer.Argument(help="State folder of a server that has answered requests")] = "runs/serve", out: Annotated[str, typer.Option(help="Where tasks for people go")] = "runs/mined", budget: Annotated[int, typer.Option(help="Cases")] = 200,
@@ -883,3 +879,62 @@ def flywheel_parity(serve: Annotated[str, typer.Argument(help="State folder of a
     for d in differ[:10]: typer.echo(f"  differs: {d['row']['id']}  {d['row']['at']}  logged {d['logged'][:12]}, offline {d['offline'][:60]}")
     typer.echo(f"{len(rows)} requests compared, {len(differ)} differ" if rows else "no request of the parity sample is there (one in a hundred of those that clients let us keep)")
     if differ: raise SystemExit(1)
+
+# %% ../nbs/09b_cli.ipynb #20e0002b
+@flywheel.command("calibrate")
+def flywheel_calibrate(serve: Annotated[str, typer.Argument(help="State folder of a server that has answered requests")] = "runs/serve", check: Annotated[bool, typer.Option("--check", help="Fit nothing: look for drift in the newest cases")] = False,
+                       labels: Annotated[Optional[str], typer.Option(help='JSON lines: {"id", "right"} or {"id", "answer"} of requests; {"video", "unsafe"} with --moderation')] = None, moderation: Annotated[bool, typer.Option("--moderation", help="The picture check instead of answers; needs --labels")] = False,
+                       window: Annotated[int, typer.Option(help="With --check: how many of the newest cases")] = 1000):
+    """Turn confidences of a server into chances, from thumbs, edits or labels; --check watches them. Exit code 1 on drift.
+
+    Examples:  video-vlm flywheel calibrate runs/serve   |   video-vlm flywheel calibrate runs/serve --check   |   video-vlm flywheel calibrate runs/serve --moderation --labels unsafe.jsonl
+    """
+    if window < 200: raise VideoVLMError(f"--window {window}: at least 200, fewer cases cannot show a drift")
+    existing(serve, "state folder of a server"); kind = "frames" if moderation else "answers"
+    if labels: existing(labels, "file of labels")
+    from video_vlm.calibration import calibrate, check_calibration
+    found = check_calibration(serve, labels, kind, window) if check else calibrate(serve, labels, kind)
+    name = lambda m: "picture check" if moderation else f"answers of {m or 'the base'}"
+    for m, f in found.items():
+        ece = f"ECE {f['ece_raw']:.3f} -> {f['ece']:.3f} calibrated ({f['floor']:.3f} by chance alone)" if "ece_raw" in f else ""
+        if check: typer.echo(f"{name(m)}: newest {f['n']} cases, "+(f"{ece}: DRIFT, outcomes {f['gap']:+.3f} off (p={f['p']:.1g})" if f["alarm"] else f"{ece}: {f['note'] or 'no drift'}" if ece else "none since the fit"))
+        else: typer.echo(f"{name(m)}: "+(f"{f['method']} on {f['n']} cases, newest {f['judged']}: {ece}" if ece else f"{f['n']} cases")+(f"; not served: {f['why']}" if "why" in f else "; served"))
+    if check and any(f["alarm"] for f in found.values()): raise SystemExit(1)
+
+# %% ../nbs/09b_cli.ipynb #367f8fcf
+def _off_policy(place, policy, metrics, name):
+    "IPS, SNIPS and doubly robust, for each metric."
+    if not place.is_dir(): raise VideoVLMError("--policy reads a server's log: give its state folder")
+    from video_vlm.experiments import off_policy, parse_policy
+    from video_vlm.trials import policy_rows
+    wanted = parse_policy(policy)
+    for m in metrics:
+        found = off_policy(policy_rows(place, m, name or None), wanted)
+        typer.echo(f"{m}: {found['n']} {'users of '+name if name else 'requests'}, mean {found['naive']:.4f} as it was"+(f"; {found['left_out']} left out, where the policy had no choice" if found["left_out"] else "")+f"; with {policy}:")
+        for e in found["estimates"]: typer.echo(f"  {e}")
+
+# %% ../nbs/09b_cli.ipynb #f3e2ddf2
+@app.command()
+def experiment(exposures: Annotated[str, typer.Argument(help="Exposure log (JSON lines), or the state folder of a server that ran the trial")], outcomes: Annotated[str, typer.Argument(help="Outcomes (JSON lines: key, time, fields); a server's are in its log")] = "",
+               name: Annotated[str, typer.Option(help="Experiment; of a server also `holdout`: what all trials did together")] = "", variants: Annotated[str, typer.Option(help="Shares, control first: old=0.5,new=0.5; a server's log knows them")] = "",
+               metric: Annotated[Optional[list[str]], typer.Option(help="A field, or field/field for a ratio; then :lower, :guard=MARGIN, :before=FIELD (CUPED). May be given several times")] = None,
+               cluster: Annotated[Optional[str], typer.Option(help="Field of the exposures whose units belong together, such as tenant")] = None, planned: Annotated[Optional[int], typer.Option(help="Planned units: intervals that may be looked at daily")] = None,
+               policy: Annotated[str, typer.Option(help="NAME or NAME=SHARE,...: what this would have earned, estimated from what a server explored (or from experiment --name)")] = "", html: Annotated[Optional[str], typer.Option(help="Write a page with plots")] = None):
+    """Read an A/B test: sample ratio first, then effects with intervals, corrected for many metrics. Or, with --policy, estimate one that never ran.
+
+    Example:  video-vlm experiment exposures.jsonl outcomes.jsonl --name frames --variants fps4=0.5,fps8=0.5 --metric stars --metric errors/requests:lower:guard=0.005
+
+    A server's trials:  video-vlm experiment runs/serve --name frames --metric liked/requests --cluster tenant   |   video-vlm experiment runs/serve --name holdout --metric liked/requests   |   video-vlm experiment runs/serve --policy tuned --metric liked
+    """
+    from video_vlm.experiments import AnalysisConfig, Experiment, analyse_files, parse_metric, report_html, shares_of
+    place = Path(existing(exposures, "file of exposures"))
+    if not metric: raise VideoVLMError("measured by what? give --metric FIELD, for example --metric liked/requests")
+    if policy: return _off_policy(place, policy, metric, name)
+    if not name: raise VideoVLMError("which experiment? give --name (or --policy, for what was explored)")
+    if not outcomes and not place.is_dir(): raise VideoVLMError("outcomes are missing: give a second file, or the state folder of a server")
+    if not outcomes: from video_vlm.trials import trial_files; exposures, outcomes = trial_files(place)
+    try: shares = {k: float(v) for k, v in (p.split("=") for p in variants.split(","))} if variants else shares_of(exposures, name)
+    except ValueError: raise VideoVLMError(f"--variants {variants}: write them as old=0.5,new=0.5") from None
+    a = analyse_files(existing(exposures, "file of exposures"), existing(outcomes, "file of outcomes"), Experiment(name, shares or {"?": 1.}), [parse_metric(m) for m in metric], AnalysisConfig(planned=planned, cluster=cluster), float("inf") if name == "holdout" else 14*86400.)
+    if html: report_html(a, html)
+    typer.echo(str(a))

@@ -77,8 +77,9 @@ def far_from(x, train, chunk=1024):
 def signals(row, gap=0., far=0.)->dict:
     "The signals of one log row, each from 0 to 1."
     differs = row.get("shadow") is not None and str(row["shadow"]).strip().lower() != str(row.get("answer", "")).strip().lower()
+    sure = next((row[k] for k in ("calibrated_confidence", "confidence") if row.get(k) is not None), 1.)
     return dict(feedback=float((row.get("feedback") or 0) < 0), edit=float(bool(row.get("edit"))), retry=float(bool(row.get("retry"))), shadow=float(differs),
-                doubt=float(np.clip(1-(row.get("confidence") if row.get("confidence") is not None else 1.), 0, 1)), condition=float(gap), far=float(far))
+                doubt=float(np.clip(1-sure, 0, 1)), condition=float(gap), far=float(far))
 
 # %% ../nbs/08b_flywheel.ipynb #ac284ce7
 @dataclass(frozen=True)

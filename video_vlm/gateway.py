@@ -9,15 +9,15 @@ __all__ = ['BUCKETS', 'PANELS', 'SCHEMA', 'SUFFIX', 'UNSAFE', 'QUIET', 'ROUTES',
            'keep_last', 'check_image', 'read_image', 'file_facts', 'Verdict', 'word_check', 'skin_check', 'Safety',
            'run_check', 'cascade', 'llama_guard', 'load_safety', 'cascade_guard', 'Look', 'VideoUrl', 'Segment', 'Part',
            'Message', 'ChatRequest', 'parts_of_message', 'plain_messages', 'stops_of', 'texts_of', 'spoken_in',
-           'schema_of', 'Hooks', 'count_short', 'extension', 'Gateway', 'Prepared', 'SpannedEncoder', 'Answer', 'sse',
-           'Turn', 'job_body', 'Cancelled', 'sign', 'post_webhook', 'call_webhook', 'forget', 'sweep', 'Body', 'Guard',
-           'gw_metrics', 'log', 'error_response', 'create_app', 'who', 'body_of', 'chat_routes', 'unless_gone',
-           'state_routes', 'file_body', 'add_file', 'file_routes', 'upload_home', 'join_parts', 'drop_folder',
-           'json_body', 'upload_routes', 'IndexRequest', 'video_routes', 'is_loopback', 'listen', 'serve',
-           'ServerHandle', 'start_server', 'kill_all', 'last_words', 'serve_from', 'config_from']
+           'schema_of', 'Hooks', 'count_short', 'extension', 'Gateway', 'Prepared', 'SpannedEncoder', 'Answer',
+           'model_of', 'sse', 'Turn', 'job_body', 'Cancelled', 'sign', 'post_webhook', 'call_webhook', 'forget',
+           'sweep', 'Body', 'Guard', 'gw_metrics', 'log', 'error_response', 'create_app', 'who', 'body_of',
+           'chat_routes', 'unless_gone', 'state_routes', 'file_body', 'add_file', 'file_routes', 'upload_home',
+           'join_parts', 'drop_folder', 'json_body', 'upload_routes', 'IndexRequest', 'video_routes', 'is_loopback',
+           'listen', 'serve', 'ServerHandle', 'start_server', 'kill_all', 'last_words', 'serve_from', 'config_from']
 
 # %% ../nbs/09a_gateway.ipynb #599e6f5c
-import asyncio, base64, binascii, contextvars, hashlib, hmac, importlib, inspect, json, os, re, secrets, signal, socket, sqlite3, sys, threading, time, uuid
+import asyncio, base64, binascii, contextvars, hashlib, hmac, importlib, inspect, json, math, os, re, secrets, signal, socket, sqlite3, sys, threading, time, uuid
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
@@ -74,7 +74,7 @@ class GatewayConfig:
     sinks:tuple = () # Where usage events go besides the book: jsonl:PATH, kafka:HOST:PORT/TOPIC
     safety:tuple = () # (name, value) pairs for `Safety`; functions as "module:function"
     queue:str = "" # Where jobs wait: empty is the book; redis://HOST:PORT/DB for several gateways
-    extensions:tuple = ("traffic", "lookup", "page", "redisjobs", "trials") # Modules whose `extend(gateway)` adds routes and hooks; ours by their short names
+    extensions:tuple = ("traffic", "lookup", "page", "redisjobs", "trials", "calibration") # Modules whose `extend(gateway)` adds routes and hooks; ours by their short names
     def __post_init__(self): check_config(self)
 
 # %% ../nbs/09a_gateway.ipynb #caa9386f
@@ -571,6 +571,7 @@ class ChatRequest(Look):
     response_format:dict|None = None
     user:str|None = Field(None, max_length=512)
     store:bool|None = None # The request may be kept for the flywheel
+    confidence:bool|None = None # Say in the `video_vlm` field how sure the answer is
 
 # %% ../nbs/09a_gateway.ipynb #7be2ca56
 def parts_of_message(m:Message):
@@ -645,6 +646,7 @@ class Gateway:
         self.metrics = Metrics(self.store, engine, self.job_counts, lambda: self.waiting)
         self.count_text = TokenCounter(count_short(count_with(engine.processor.tokenizer)), memo=1) # long texts of strangers are not remembered
         self.started, self.problem, self.hooks = time.time(), "", Hooks()
+        self.calibrate = lambda kind, model, raw: None # What a raw confidence or score is worth as a chance; an extension knows
         for name in cfg.extensions: extension(name).extend(self)
 
     def limits(self, reserve:int) -> BudgetLimits:
@@ -723,7 +725,7 @@ async def _prepare(self, chat:ChatRequest, tenant:str, id:str) -> Prepared:
     finally: guard.cancel()
     self.metrics.phase.labels("prepare").observe(time.perf_counter()-began)
     request = Request(with_transcripts(kept, wish) if receipt.audio else kept, tuple(tokens), reserve, chat.temperature or 0., chat.top_p or 1., stops_of(chat.stop),
-                      chat.seed, n, adapter, int(receipt.prompt > self.engine.context//4), schema_of(chat.response_format), confidence=bool(chat.store), id=id)
+                      chat.seed, n, adapter, int(receipt.prompt > self.engine.context//4), schema_of(chat.response_format), confidence=bool(chat.store or chat.confidence), id=id)
     return Prepared(request, chat, receipt, media, tenant, id, known, began, facts)
 
 _oid = id # the name is taken by the request id above
@@ -804,6 +806,7 @@ def _verdict_of(self, key, m, plan, tenant) -> Verdict:
 def _judge(self, v:Verdict, tenant:str, layer:str):
     "Raises `ApiError` where a verdict blocks for a tenant."
     what = dict(prompt="the request", transcript="what is said in the video", frames="the video")[layer]
+    if (chance := self.calibrate(layer, "", v.score)) is not None: v = replace(v, score=chance)
     if self.safety.blocks(v, tenant, layer): raise ApiError(400, f"{what} was refused by the safety check ({v.reason})", "content_policy_violation", "messages", safety=dict(layer=layer, reason=v.reason))
 
 Gateway.look_at, Gateway.verdict_known, Gateway.verdict_of, Gateway.judge = _look_at, _verdict_known, _verdict_of, _judge
@@ -900,10 +903,20 @@ def _citations(self) -> list:
     m, p = videos[-1]
     return [dict(video=m.content, start=a, end=b) for a, b in parse_spans(self.texts.get(0, ""), p.end)]
 
+def model_of(facts) -> str:
+    "Whose answer it is, for calibration: the version of a registry, an adapter's name, or nothing for the base."
+    return str(v) if (v := facts.get("version")) is not None else "" if (v := facts.get("variant")) in (None, "base") else v
+
+def _confidence(self) -> dict:
+    "How sure the first answer is: the geometric mean of its tokens' probabilities, and the chance to be right that this has meant so far. Empty where nobody asked."
+    if self.sure is None or not self.length: return {}
+    raw = math.exp(self.sure/self.length); chance = self.gw.calibrate("answers", model_of(self.prep.facts), raw)
+    return dict(confidence=round(raw, 4), calibrated_confidence=None if chance is None else round(chance, 4))
+
 def _extra(self) -> dict:
     p = self.prep
     clips = [dict(id=m.content, kind=m.kind, start=plan.start, end=plan.end, frames=plan.n_frames, tokens=plan.n_visual_tokens, starts=[round(a, 3) for a, _ in plan.group_spans]) for m, plan in p.media]
-    return dict(receipt=p.receipt.as_dict(), videos=clips, citations=self.citations(), known=p.known, **{k: p.facts[k] for k in ("variant", "version", "propensity") if k in p.facts},
+    return dict(receipt=p.receipt.as_dict(), videos=clips, citations=self.citations(), known=p.known, **{k: p.facts[k] for k in ("variant", "version", "propensity") if k in p.facts}, **self.confidence(),
                 engine_ttft_ms=None if self.first is None else round(1e3*(self.first-self.asked), 2), ttft_ms=None if self.first is None else round(1e3*(self.first-p.began), 2), total_ms=None if self.last is None else round(1e3*(self.last-p.began), 2))
 
 def _usage_body(self) -> dict:
@@ -919,7 +932,7 @@ async def _whole(self) -> dict:
     choices = [dict(index=i, message=dict(role="assistant", content=t.strip()), finish_reason=self.why.get(i), logprobs=None) for i, t in sorted(self.texts.items())]
     return {**_base(self, "chat.completion"), "choices": choices, "usage": _usage_body(self), "video_vlm": _extra(self)}
 
-Answer.citations, Answer.whole = _citations, _whole
+Answer.citations, Answer.confidence, Answer.whole = _citations, _confidence, _whole
 
 # %% ../nbs/09a_gateway.ipynb #693cf39c
 def sse(data) -> str: return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CRITIQUE', 'REVISE', 'UNSURE', 'COMPARE', 'GOLD_CONFIG', 'PreferenceError', 'Claim', 'claims', 'true_claims',
-           'wrong_claims', 'check_caption', 'Sampling', 'candidates', 'Principle', 'load_constitution', 'critique',
-           'revise', 'claim_question', 'claim_checker', 'tell', 'without', 'by_score', 'fact_score', 'claim_score',
-           'ask_judge', 'fair', 'verdict', 'swap_test', 'Pair', 'make_pair', 'save_pairs', 'load_pairs', 'draw_pairs',
-           'gold_rows', 'save_gold', 'load_gold', 'agreement', 'label_rows', 'PreferenceRecipe', 'dpo', 'ipo', 'kto',
-           'pair_losses', 'PairSet', 'pair_set', 'step_pairs', 'pair_rows', 'preference_loss', 'prefer_step', 'prefer',
-           'plot_preference', 'align', 'show_captions', 'file_tokens', 'prefer_files']
+           'wrong_claims', 'check_caption', 'Sampling', 'candidates', 'Principle', 'constitution_file',
+           'load_constitution', 'critique', 'revise', 'claim_question', 'claim_checker', 'tell', 'without', 'by_score',
+           'fact_score', 'claim_score', 'ask_judge', 'fair', 'verdict', 'swap_test', 'Pair', 'make_pair', 'save_pairs',
+           'load_pairs', 'draw_pairs', 'gold_rows', 'save_gold', 'load_gold', 'agreement', 'label_rows',
+           'PreferenceRecipe', 'dpo', 'ipo', 'kto', 'pair_losses', 'PairSet', 'pair_set', 'step_pairs', 'pair_rows',
+           'preference_loss', 'prefer_step', 'prefer', 'plot_preference', 'align', 'show_captions', 'file_tokens',
+           'by_rules', 'prefer_files']
 
 # %% ../nbs/05a_preference.ipynb #5afb692c
 import hashlib, json, math, random, re, time
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from .data import VideoVLMError, atomic_write, finish_stage, probe
+from .data import VideoVLMError, atomic_write, finish_stage, load_clips, probe
 from .frames import plan_frames, read_frames_safely
 from .model import answer_batch, answered, branch_logps, choose_batch, load_model, merge_lora, pack, save_adapter, save_checkpoint, use_adapter
 from .store import TokenStore, visual_tokens
@@ -112,10 +113,15 @@ class Principle:
     check:str # Asked of an answer; yes means that the rule is broken
     mend:str # How the answer is rewritten then
 
+def constitution_file(path=None):
+    "Path of a constitution, the package's own without `path`. Raises `PreferenceError` where there is none."
+    path = Path(path or str(files("video_vlm")/"constitution.md"))
+    if not path.is_file(): raise PreferenceError(f"{path} does not exist; give a Markdown file with a section (## name) a rule")
+    return path
+
 def load_constitution(path=None):
     "The rules of a constitution file (the package's own without `path`): tuple of `Principle`. Raises `PreferenceError` naming the section that is incomplete."
-    path = Path(path or str(files("video_vlm")/"constitution.md"))
-    if not path.exists(): raise PreferenceError(f"{path} does not exist; give a Markdown file with a section (## name) a rule")
+    path = constitution_file(path)
     out = []
     for part in re.split(r"^## +", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
         name, _, body = part.partition("\n")
@@ -263,18 +269,29 @@ def load_pairs(path):
     return out
 
 # %% ../nbs/05a_preference.ipynb #526863e2
-def draw_pairs(model, processor, items, tokens, judge, by="facts", k=4, mend=None, temperature=1., seed=0, chunk=16):
+def _pool(video, prompt, said, judge, by, mend):
+    "One row of pools: what was said, its revisions, the pair (or None), and what went wrong; a clip that fails costs its own pair."
+    row = dict(video=video, prompt=prompt, said=said, revised=[], pair=None, error="")
+    try:
+        row["revised"] = [mend(video, t) for t in said] if mend else []
+        pair = make_pair(judge, video, prompt, said+row["revised"], by)
+        return {**row, "pair": asdict(pair) if pair else None}
+    except VideoVLMError as e: return {**row, "error": str(e)}
+
+def draw_pairs(model, processor, items, tokens, judge, by="facts", k=4, mend=None, temperature=1., seed=0, chunk=16, journal=None, progress=False):
     """Pairs of `items` (video, prompt): `k` candidates each, and where `mend(video, text) -> text` is given the revision of each, set in pairs by `judge`.
-    Returns (pairs, pools); pools are dicts of video, prompt, said, revised."""
-    pairs, pools = [], []
-    for at in range(0, len(items), chunk):
+    Returns (pairs, pools); pools are dicts of video, prompt, said, revised, pair, error. With a `journal` (JSON lines) a stopped run goes on where it was."""
+    from tqdm import tqdm
+    pools = [json.loads(l) for l in open(journal, encoding="utf-8")] if journal and Path(journal).exists() else []
+    if [(p["video"], p["prompt"]) for p in pools] != [tuple(i) for i in items[:len(pools)]]: raise PreferenceError(f"{journal} was drawn for other clips or another prompt: choose another output folder, or remove it")
+    bar = tqdm(total=len(items), initial=len(pools), desc="candidates and pairs", unit="clip", disable=not progress)
+    for at in range(len(pools), len(items), chunk):
         some = items[at:at+chunk]
         drawn = candidates(model, processor, [(tokens(v) if v else None, q) for v, q in some], k, temperature, seed*1_000_003+at)
-        for (v, q), said in zip(some, drawn):
-            revised = [mend(v, t) for t in said] if mend else []
-            pools.append(dict(video=v, prompt=q, said=said, revised=revised))
-            if pair := make_pair(judge, v, q, said+revised, by): pairs.append(pair)
-    return pairs, pools
+        for (v, q), said in zip(some, drawn): pools.append(_pool(v, q, said, judge, by, mend)); bar.update()
+        if journal:
+            with atomic_write(journal) as f: f.writelines(json.dumps(p, ensure_ascii=False)+"\n" for p in pools)
+    return [Pair(**p["pair"]) for p in pools if p["pair"]], pools
 
 # %% ../nbs/05a_preference.ipynb #885bef6e
 GOLD_CONFIG = """<View>
@@ -524,15 +541,15 @@ def plot_preference(logs, width=4.2):
     return fig
 
 # %% ../nbs/05a_preference.ipynb #9d5a8823
-def align(model, processor, items, tokens, judge, out, recipe=None, by="facts", mend=None, k=4, temperature=1., gold=50, progress=True):
+def align(model, processor, items, tokens, judge, out, recipe=None, by="facts", mend=None, k=4, temperature=1., gold=50, progress=True, constitution=None):
     """The whole stage for `items` (video, prompt): candidates, revisions (`mend(video, text)`), pairs by `judge`, a gold subset for people, training. Returns the stage folder.
     Raises `PreferenceError` where no pair could be made."""
     out, recipe = Path(out), recipe or dpo()
     out.mkdir(parents=True, exist_ok=True)
     if not (out/"pairs.jsonl").exists():
-        pairs, pools = draw_pairs(model, processor, items, tokens, judge, by, k, mend, temperature, recipe.seed)
-        with atomic_write(out/"pools.jsonl") as f: f.writelines(json.dumps(p, ensure_ascii=False)+"\n" for p in pools)
-        with atomic_write(out/"constitution.md") as f: f.write((files("video_vlm")/"constitution.md").read_text(encoding="utf-8"))
+        pairs, pools = draw_pairs(model, processor, items, tokens, judge, by, k, mend, temperature, recipe.seed, journal=out/"pools.jsonl", progress=progress)
+        if not pairs: raise PreferenceError(f"no pair among {len(pools)} clips: {next((p['error'] for p in pools if p['error']), 'the judge told no two answers apart')}")
+        with atomic_write(out/"constitution.md") as f: f.write(constitution_file(constitution).read_text(encoding="utf-8"))
         save_gold(gold_rows(pairs, gold, recipe.seed), out/"gold.jsonl")
         save_pairs(pairs, out/"pairs.jsonl")
     return prefer(model, processor, pair_set(load_pairs(out/"pairs.jsonl"), tokens), recipe, out, progress)
@@ -557,13 +574,22 @@ def file_tokens(encoder, sampling, root, folder):
         return visual_tokens(path, plans[path], encoder, store, read=read_frames_safely)
     return tokens
 
-def prefer_files(model, processor, source, out, recipe=None, k=4, prompt="Describe the video.", progress=True):
-    "Preference training from `pairs.jsonl`, or from a folder with `truth.jsonl` (of `write_world`) in which exact facts judge; returns the stage folder."
+def by_rules(say, rules, prompt):
+    "(judge, mend) of a model that can read: it compares in both orders, and rewrites what its own critique finds; for answers to `prompt`."
+    return fair(ask_judge(say, rules)), lambda video, text: revise(say, video, prompt, text, critique(say, video, prompt, text, rules))
+
+def prefer_files(model, processor, source, out, recipe=None, k=4, prompt="Describe the video.", progress=True, say=None, by="", constitution=None):
+    """Preference training from `pairs.jsonl`; from a folder with `truth.jsonl` (of `write_world`), in which exact facts judge; or from an ingest folder, in which `say(video, text)`, called `by`, keeps the
+    rules of `constitution`. Returns the stage folder. Raises `PreferenceError` where the source is none of these or nobody judges."""
     source, out = Path(source), Path(out)
-    root = source if source.is_dir() else source.parent
+    root, rules = source if source.is_dir() else source.parent, load_constitution(constitution)
     tokens = file_tokens(model.encoder, processor.sampling, root, out/"tokens")
     if source.is_file(): return prefer(model, processor, pair_set(load_pairs(source), tokens), recipe or dpo(), out, progress)
-    if not (source/"truth.jsonl").exists(): raise PreferenceError(f"{source} holds no truth.jsonl: give a pairs.jsonl, or a folder that `video-vlm world` wrote")
-    truths = {t["video"]: t for t in map(json.loads, (source/"truth.jsonl").read_text().splitlines())}
-    mend = lambda v, text: without(text, wrong_claims(text, truths[v]), nothing="")
-    return align(model, processor, [(v, prompt) for v in truths], tokens, by_score(fact_score(truths)), out, recipe, mend=mend, k=k, progress=progress)
+    if (source/"truth.jsonl").exists():
+        truths = {t["video"]: t for t in map(json.loads, (source/"truth.jsonl").read_text().splitlines())}
+        mend = lambda v, text: without(text, wrong_claims(text, truths[v]), nothing="")
+        return align(model, processor, [(v, prompt) for v in truths], tokens, by_score(fact_score(truths)), out, recipe, mend=mend, k=k, progress=progress)
+    clips = load_clips(source)
+    if not say: raise PreferenceError(f"{source} holds clips of which nobody knows the truth: say who judges (--judge MODEL or URL), or give pairs.jsonl")
+    judge, mend = by_rules(say, rules, prompt)
+    return align(model, processor, [(c.uri, prompt) for c in clips], tokens, judge, out, recipe, by, mend, k, progress=progress, constitution=constitution)

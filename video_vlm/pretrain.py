@@ -6,12 +6,13 @@
 __all__ = ['PALETTE', 'MOTION_WEIGHT', 'WORD_SETS', 'SILENT', 'SHEET', 'NAMED', 'TIMED', 'AGAIN', 'FILLERS', 'PretrainConfig',
            'unnamed', 'recolour', 'degrade', 'moments', 'labels_of', 'cell_owner', 'cell_motion', 'tower_example',
            'Heads', 'tower_loss', 'TowerBatches', 'tower_optimizers', 'train_tower', 'scene_plan', 'scene_tokens',
-           'acting', 'word_targets', 'word_loss', 'thing_facts', 'fact_sheet', 'tell_times', 'tell_events',
-           'separating', 'tell_answers', 'telegram', 'lm_samples', 'lm_seed', 'lm_scene', 'lm_clip', 'lm_data',
-           'look_alike', 'lm_model', 'token_words', 'lm_recipe', 'train_lm', 'make_checkpoint', 'checkpoint_folder']
+           'acting', 'word_targets', 'word_loss', 'thing_facts', 'fact_sheet', 'stamp_before', 'tell_times',
+           'tell_events', 'separating', 'tell_answers', 'telegram', 'lm_samples', 'lm_seed', 'lm_scene', 'lm_clip',
+           'lm_data', 'look_alike', 'lm_model', 'token_words', 'lm_recipe', 'train_lm', 'make_checkpoint',
+           'checkpoint_folder']
 
 # %% ../nbs/05b_pretrain.ipynb #1959d651
-import json, os, time
+import json, os, re, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -280,12 +281,18 @@ def fact_sheet(scene, video, n=0):
                   messages=[dict(role="user", content=ask), dict(role="assistant", content=[dict(type="text", text=told)])])
 
 # %% ../nbs/05b_pretrain.ipynb #577e5173
+def stamp_before(ids, p, tokenizer):
+    "(seconds, first id) of the timestamp that ends before position `p`; a tokenizer may need several ids for it."
+    text = lambda q: re.fullmatch(r"(\d+\.\d)s", tokenizer.decode(ids[q:p]))
+    first = next(q for q in range(p-2, p-8, -1) if text(q) and not text(q-1))
+    return float(text(first)[1]), ids[first]
+
 def tell_times(ids, say, tokenizer, weight=.02):
-    "Label every visual token with the timestamp of its group; returns (seconds, id of its token) of the groups."
+    "Label every visual token with the timestamp of its group (its first id); returns (seconds, id) of the groups."
     video, stamps = tokenizer.convert_tokens_to_ids(VIDEO), []
     for p, i in enumerate(ids[:-1]):
         if i != video: continue
-        if ids[p-1] != video: stamps.append((float(tokenizer.convert_ids_to_tokens(ids[p-2])), ids[p-2]))
+        if ids[p-1] != video: stamps.append(stamp_before(ids, p, tokenizer))
         say(p, stamps[-1][1], weight)
     return stamps
 

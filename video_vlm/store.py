@@ -20,7 +20,6 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import save
 from .tombstones import refuse_erased
 from .data import VideoVLMError, content_id as hash_file, label
-from .encoder import VisualTokens
 from .frames import read_frames
 
 # %% ../nbs/03a_store.ipynb #5d422af8
@@ -78,7 +77,7 @@ def checksum(arrays:dict, meta:dict)->str:
         h.update(f"{k}:{a.dtype.str}:{a.shape}\n".encode()); h.update(memoryview(np.ascontiguousarray(a)).cast("B") if a.size else b"")
     return h.hexdigest()
 
-def pack(vt:VisualTokens, content_id:str="", tenant:str="", int8:bool=False)->bytes:
+def pack(vt:"VisualTokens", content_id:str="", tenant:str="", int8:bool=False)->bytes:
     "`VisualTokens` as the bytes of a safetensors file."
     arrays = dict(tokens=np.ascontiguousarray(vt.tokens, np.float16), starts=np.ascontiguousarray(vt.starts, np.float64), ends=np.ascontiguousarray(vt.ends, np.float64))
     if int8 and np.isfinite(arrays["tokens"]).all(): arrays["tokens"], arrays["scale"], arrays["dims"] = quantise(arrays["tokens"])
@@ -97,8 +96,9 @@ def read_header(raw)->tuple:
 
 def unpack(raw:bytes, # The whole file
            key:str # The key under which it was found
-          )->VisualTokens: # Arrays are read-only: they are shared
+          )->"VisualTokens": # Arrays are read-only: they are shared
     "`VisualTokens` from a file's bytes; `DamagedEntry` unless checksum and key agree."
+    from video_vlm.encoder import VisualTokens
     try:
         tensors, meta, base = read_header(raw)
         def view(t):
@@ -179,7 +179,7 @@ def _load(self:TokenStore, key):
     return vt
 
 @patch
-def get(self:TokenStore, key:str)->VisualTokens|None:
+def get(self:TokenStore, key:str)->"VisualTokens|None":
     "Tokens of a key, or None. A damaged entry counts as missing."
     vt = self._load(key)
     if vt is None: self.count("misses")
@@ -187,7 +187,7 @@ def get(self:TokenStore, key:str)->VisualTokens|None:
 
 # %% ../nbs/03a_store.ipynb #28aac7c8
 @patch
-def put(self:TokenStore, vt:VisualTokens, content_id:str="", tenant:str="", era=None)->VisualTokens:
+def put(self:TokenStore, vt:"VisualTokens", content_id:str="", tenant:str="", era=None)->"VisualTokens":
     "Store tokens under `vt.key`. `era` (from `_era`) refuses what was begun before an erasure. Returns them as they will be read."
     path, raw = self.path(vt.key), pack(vt, content_id, tenant, self.int8)
     stored, labels = unpack(raw, vt.key), (label("content", content_id), label("tenant", tenant))
@@ -282,7 +282,7 @@ def get_or_encode(self:TokenStore, key:str, # From `token_key`
                   fn, # Makes the `VisualTokens` when nobody has them
                   content_id:str="", # For erasure
                   tenant:str="" # For erasure
-                 )->VisualTokens:
+                 )->"VisualTokens":
     "Tokens of a key; `fn` runs once over all threads and processes. What `fn` raises reaches all who waited."
     while True:
         if (vt := self._load(key)) is not None: return vt
@@ -358,8 +358,9 @@ def source_of(clip # A `Clip` (id, uri) or a path
     if not os.path.exists(clip): raise VideoVLMError(f"{clip}: no such file; give a Clip or the path of a video")
     return str(clip), file_id(clip)
 
-def make_tokens(path, content_id, plan, encoder, key, read=read_frames, count=lambda what: None)->VisualTokens:
+def make_tokens(path, content_id, plan, encoder, key, read=read_frames, count=lambda what: None)->"VisualTokens":
     "Decode and encode; the slow way that the store saves."
+    from video_vlm.encoder import VisualTokens
     if (found := file_id(path)) != content_id: raise VideoVLMError(f"{path} has changed since ingestion: its id is {found[:12]}, the clip's {content_id[:12]}; ingest it again")
     frames = read(path, plan.times, size=plan.size); count("decodes")
     starts, ends = np.array(plan.group_spans, np.float64).T
@@ -371,7 +372,7 @@ def visual_tokens(clip, # A `Clip` or a path
                   store:TokenStore|None=None, # Without one, nothing is kept
                   tenant:str="", # Scope of sharing
                   read=read_frames # For files from strangers: `read_frames_safely`
-                 )->VisualTokens:
+                 )->"VisualTokens":
     "Visual tokens of a clip under a plan: the one path of training, evaluation, search and serving. Raises `Erased` for what is under a tombstone of the store."
     if plan.size != encoder.size: raise VideoVLMError(f"the plan is for frames of {plan.size} pixels, the encoder takes {encoder.size}")
     path, cid = source_of(clip)

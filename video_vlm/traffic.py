@@ -8,7 +8,7 @@ __all__ = ['operator', 'adapter_folder', 'load_kept_adapters', 'AdapterRequest',
            'KafkaSink', 'make_sink', 'Outbox', 'extend', 'add_router']
 
 # %% ../nbs/09aa_traffic.ipynb #11bf18b9
-import asyncio, json, math, os, re, threading, time, uuid
+import asyncio, json, os, re, threading, time, uuid
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -161,10 +161,9 @@ def row_of(answer, prep, status) -> dict:
     "The log row of an answered request."
     video, facts = next((m.content for m, _ in reversed(prep.media) if m.kind == "video"), None), {k: v for k, v in prep.facts.items() if k != "shadow"}
     row = dict(consent=bool(prep.chat.store), tenant=prep.tenant, model=prep.chat.model, **facts, ttft_s=None if answer.first is None else round(answer.first-prep.began, 4), total_s=None if answer.last is None else round(answer.last-prep.began, 4),
-               status=status, error=answer.failed, refused=status == "content_filter", known=prep.known, out=answer.out,
+               status=status, error=answer.failed, refused=status == "content_filter", known=prep.known, out=answer.out, prompt=prep.receipt.prompt, video_s=round(prep.video_seconds, 1),
                question=last_question(prep.request.messages), answer=answer.texts.get(0, "").strip(), video=video, person=prep.chat.user, spans=[[c["start"], c["end"]] for c in answer.citations()])
-    if answer.sure is not None and answer.length: row["confidence"] = round(math.exp(answer.sure/answer.length), 4)
-    return {**row, **parity_proof(prep)}
+    return {**row, **answer.confidence(), **parity_proof(prep)}
 
 def parity_proof(prep) -> dict:
     "Of a kept request in the parity sample: hash and plan of its last video's tokens, so that they can be made again offline."

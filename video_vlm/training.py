@@ -57,7 +57,7 @@ class Recipe:
     validate_every:int = 0 # Steps between validations; 0: at every checkpoint, where there is something to validate on
 
 def connect(**kw): return replace(Recipe(name="connect", trains=("projector",), projector_lr=2e-3, steps=100), **kw)
-def instruct(**kw): return replace(Recipe(name="instruct", trains=("projector", "lora"), lr=2e-4, projector_lr=5e-4, mix=(("video", .88), ("text", .12))), **kw)
+def instruct(**kw): return replace(Recipe(name="instruct", trains=("projector", "lora"), lr=2e-4, projector_lr=5e-4, drop=.1, mix=(("video", .88), ("text", .12))), **kw)
 def whole(**kw): return replace(Recipe(name="whole", lr=1.5e-3, projector_lr=1e-3, optimizer="muon"), **kw)
 
 # %% ../nbs/05_training.ipynb #ea726520
