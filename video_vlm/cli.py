@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'PACKAGES', 'release', 'RegistryFolder', 'Why', 'Dry', 'flywheel', 'fail', 'main', 'existing', 'packaged',
            'default_model', 'named', 'chosen', 'spoken_beside', 'ask', 'installed', 'machine', 'preset_state', 'doctor',
-           'world', 'ingest', 'dedup', 'split', 'decontaminate', 'rule_of', 'filter_', 'clips', 'transcribe', 'encode',
-           'data_report', 'caption_clips_of', 'index', 'search', 'evaluate', 'robustness', 'prefer', 'gold',
-           'train_command', 'demo', 'serve', 'keys', 'usage', 'benchmarks', 'run_options', 'bench', 'release_list',
-           'release_show', 'release_register', 'release_promote', 'release_rollback', 'release_gate', 'release_watch',
-           'release_shadow', 'erase', 'flywheel_demo', 'flywheel_mine', 'flywheel_accept', 'flywheel_parity',
-           'flywheel_calibrate', 'experiment']
+           'world', 'ingest', 'embedding_of', 'dedup', 'split', 'decontaminate', 'rule_of', 'filter_', 'clips',
+           'transcribe', 'encode', 'data_report', 'caption_clips_of', 'index', 'search', 'evaluate', 'robustness',
+           'prefer', 'gold', 'train_command', 'demo', 'serve', 'keys', 'usage', 'benchmarks', 'run_options', 'bench',
+           'release_list', 'release_show', 'release_register', 'release_promote', 'release_rollback', 'release_gate',
+           'release_watch', 'release_shadow', 'erase', 'flywheel_demo', 'flywheel_mine', 'flywheel_accept',
+           'flywheel_parity', 'flywheel_calibrate', 'experiment']
 
 # %% ../nbs/09b_cli.ipynb #af6b7101
 import importlib.util, inspect, json, os, pkgutil, platform, shutil, sys, time
@@ -192,21 +192,37 @@ def ingest(source: Annotated[str, typer.Argument(help="Folder, glob, tar shard, 
     typer.echo(f"{c['found']} found, {c['clips']} usable, {c['rejected']} rejected {c['reasons'] or ''}, {c['may_train']} may train; datasheet: {Path(out)/'datasheet.html'}")
 
 # %% ../nbs/09b_cli.ipynb #3fd51614
-@app.command()
-def dedup(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/01_dedup", engine: Annotated[str, typer.Option(help="local or ray")] = "local"):
-    """Find near-duplicates among ingested clips. After more were ingested, only the new ones are looked at.
+def embedding_of(name):
+    "`embed` of `dedup`: the tower of one of our checkpoints (a preset or a folder), else a SigLIP (a folder or a hub id)."
+    from video_vlm.dedup import siglip_tower, tower_embedding
+    folder = Path(named(name)); _quiet()
+    try: kind = json.loads((folder/"config.json").read_text()).get("model_type", "") if (folder/"config.json").is_file() else ""
+    except (ValueError, AttributeError): kind = ""
+    if not kind.startswith("video_vlm"): return siglip_tower(name)
+    from video_vlm.encoder import VideoEncoder
+    from video_vlm.model import load_model
+    encoder = VideoEncoder.from_pretrained(folder) if kind == "video_vlm_encoder" else load_model(str(folder))[0].encoder
+    return tower_embedding(encoder.tower, encoder.size, f"{folder.name}:{encoder.fingerprint[:12]}")
 
-    Example:  video-vlm dedup runs/mine/00_ingest --out runs/mine/01_dedup
+@app.command()
+def dedup(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/01_dedup", engine: Annotated[str, typer.Option(help="local or ray")] = "local",
+          embed: Annotated[Optional[str], typer.Option(help="A second signal: tiny, a checkpoint folder, or a SigLIP (folder or hub id)")] = None,
+          text_model: Annotated[Optional[str], typer.Option(help="A sentence-transformers model (folder or hub id), for captions that say the same in other words")] = None):
+    """Find near-duplicates among ingested clips, and captions that say the same. After more were ingested, only the new ones are looked at.
+
+    Example:  video-vlm dedup runs/mine/00_ingest --out runs/mine/01_dedup --embed tiny
     """
-    from video_vlm.data import open_stage
-    from video_vlm.dedup import dedup as run
-    c = open_stage(run(existing(stage, "ingest folder"), out, engine=_engine(engine)))["counts"]
-    typer.echo(f"{c['clips']} clips in {c['clusters']} clusters: {c['duplicates']} near-duplicates")
+    from video_vlm.data import load_clips, open_stage
+    from video_vlm.dedup import dedup as run, sentence_embedding
+    load_clips(existing(stage, "ingest folder"))
+    c = open_stage(run(stage, out, engine=_engine(engine), embed=embedding_of(embed) if embed else None, embed_text=sentence_embedding(text_model) if text_model else None))["counts"]
+    typer.echo(f"{c['clips']} clips in {c['clusters']} clusters: {c['duplicates']} near-duplicates" + (f" ({c['by_embedding']} of {c['links']} links by the embedding alone)" if embed else "") + f"; {c['texts']} pairs of clips whose captions say the same")
 
 @app.command()
 def split(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], duplicates: Annotated[str, typer.Argument(help="Folder that dedup wrote")],
           out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/01a_splits", seed: Annotated[int, typer.Option()] = 0, fractions: Annotated[str, typer.Option(help="Shares of train, val, test")] = ".7,.1,.2",
-          by_time: Annotated[bool, typer.Option(help="Oldest clips train, newest test")] = False, exclude: Annotated[Optional[list[str]], typer.Option(help="Folder that decontaminate or filter wrote (again for each)")] = None,
+          by_time: Annotated[bool, typer.Option(help="Oldest clips train, newest test")] = False, stratify: Annotated[Optional[list[str]], typer.Option(help="Column whose values have the same shares on every side: a flag KEY=VALUE of the clips, or a field such as codec, creator, duration (again for each)")] = None,
+          exclude: Annotated[Optional[list[str]], typer.Option(help="Folder that decontaminate or filter wrote (again for each)")] = None,
           copies: Annotated[bool, typer.Option(help="Use near-duplicates, too; without, one clip of each cluster")] = True):
     """Divide clips into train, val and test so that no cluster crosses, and audit it. More clips later: nothing changes its side.
 
@@ -217,7 +233,7 @@ def split(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
     try: shares = tuple(float(x) for x in fractions.split(","))
     except ValueError: raise VideoVLMError(f"--fractions {fractions}: three shares such as .7,.1,.2") from None
     gone = {i for f in exclude or () for i in load_removed(existing(f, "decontaminate or filter folder"))}
-    folder = run(existing(stage, "ingest folder"), existing(duplicates, "dedup folder"), out, SplitConfig(shares, seed=seed, by_time=by_time, copies=copies), exclude=gone)
+    folder = run(existing(stage, "ingest folder"), existing(duplicates, "dedup folder"), out, SplitConfig(shares, seed=seed, by_time=by_time, stratify=tuple(stratify or ()), copies=copies), exclude=gone)
     typer.echo(f"{dict(Counter(s or 'unused' for s in load_splits(folder).values()))}, {audit(stage, folder, duplicates).n_leaks} leaks")
 
 # %% ../nbs/09b_cli.ipynb #802182ea

@@ -7,9 +7,9 @@ __all__ = ['MIRROR', 'FLIP', 'SPEEDS', 'SHORT', 'STILL', 'FAINT', 'PROMISING', '
            'ALIKE', 'LEAST_SEEN', 'SEEN', 'DedupConfig', 'sample_frames', 'content_box', 'frame_hashes', 'hamming',
            'align_hashes', 'key_frames', 'local_features', 'Signature', 'signature', 'geometries', 'Overlay', 'overlay',
            'time_lines', 'evidence', 'Match', 'compare', 'show_match', 'hash_words', 'feature_words', 'pick_words',
-           'index_words', 'candidates', 'candidates_on_disk', 'cluster', 'same_text', 'text_pairs', 'Seen',
-           'look_times', 'see', 'tower_embedding', 'siglip_tower', 'align_vectors', 'vector_words', 'embeddings',
-           'signatures', 'lookup', 'dedup', 'load_clusters', 'load_texts']
+           'index_words', 'candidates', 'candidates_on_disk', 'cluster', 'same_text', 'sentence_embedding',
+           'text_pairs', 'Seen', 'look_times', 'see', 'tower_embedding', 'siglip_tower', 'align_vectors',
+           'vector_words', 'embeddings', 'signatures', 'lookup', 'dedup', 'load_clusters', 'load_texts']
 
 # %% ../nbs/01_dedup.ipynb #85994778
 import json, os, shutil
@@ -595,6 +595,15 @@ def same_text(texts, threshold:float=.8, embed=None, embed_threshold:float=.9) -
         index.insert(k, m); first.append((s, ids[0]))
     if embed is not None: out.update(_same_meaning(texts, embed, embed_threshold))
     return sorted((i, j, s) for (i, j), s in out.items())
+
+def sentence_embedding(folder):
+    "`embed` for texts: a sentence-transformers model in a local folder or on the hub; raises `VideoVLMError`."
+    from sentence_transformers import SentenceTransformer
+    try: model = SentenceTransformer(str(folder))
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as e: raise VideoVLMError(f"{folder} holds no sentence-transformers model: {(str(e) or repr(e)).splitlines()[0][:160]}") from None
+    embed = lambda texts: model.encode(list(texts), show_progress_bar=False)
+    embed.name = f"{Path(folder).name}:{hash_folder(folder)[:12]}" if Path(folder).is_dir() else str(folder)
+    return embed
 
 def _same_meaning(texts, embed, threshold, block=2048):
     v = np.asarray(embed(list(texts)), np.float32); v /= np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9)
