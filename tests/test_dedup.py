@@ -7,7 +7,7 @@ from video_vlm import dedup as D
 from video_vlm.bench.dedup import incremental_figures, make_pairs, measure_pairs, moving_discs, read_pairs, scale_run, scale_sizes
 from video_vlm.data import VideoVLMError, ingest, IngestConfig, load_clips, open_stage, write_video
 from video_vlm.dedup import (DedupConfig, MIRROR, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, content_box, dedup, frame_hashes, hamming,
-                             load_clusters, lookup, same_text, signature)
+                             load_clusters, load_texts, lookup, same_text, signature)
 
 CFG, QUIET = DedupConfig(progress=False, workers=1), IngestConfig(progress=False)
 
@@ -69,8 +69,11 @@ def test_index_on_disk_equals_index_in_memory():
     assert big(*a) == big(*b)
 
 def test_a_word_of_everybody_costs_little():
-    n = 20000; keys, owner = np.zeros(n, np.uint64), np.arange(n)
-    t = time.time(); candidates(keys, owner, n, CFG); assert time.time()-t < 20
+    "Pairs looked at grow as the clips do (two a clip), not as their square, and every clip still meets a neighbour."
+    for n in (2000, 20000):
+        i, j = D._neighbours(np.zeros(n, np.uint64), np.full(n, n), CFG.bucket)
+        assert len(i) == 2*n-3 and len({*i.tolist(), *j.tolist()}) == n and (j-i).max() == 2
+        assert not len(candidates(np.zeros(n, np.uint64), np.arange(n), n, CFG)[0]), "what everybody has links nobody"
 
 def test_run_again_does_nothing_and_grows(folder, tmp_path):
     src = tmp_path/"src"; shutil.copytree(folder, src); st = ingest(src, tmp_path/"00", QUIET); out = dedup(st, tmp_path/"01", CFG)
@@ -119,6 +122,78 @@ def test_killed_run_goes_on(folder, tmp_path):
     except ProcessLookupError: pass
     p.wait()
     assert len(set(load_clusters(dedup(st, tmp_path/"01", CFG)).values())) == 4
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    "A vision tower with random weights: a real embedding, of nothing that anybody taught it."
+    import torch
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    d = tmp_path_factory.mktemp("tower"); torch.manual_seed(0)
+    SiglipVisionModel(SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16)).save_pretrained(d)
+    return d
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    "A clip, the same at twice the speed, a trimmed copy and strangers: an ingest folder."
+    d = tmp_path_factory.mktemp("fast"); x = moving_discs(0, seconds=8.)
+    (d/"v").mkdir(); write_video(d/"v"/"slow.mp4", x, fps=12); write_video(d/"v"/"quick.mp4", x, fps=24); write_video(d/"v"/"part.mp4", x[36:], fps=12, crf=30)
+    for k in (1, 2): write_video(d/"v"/f"other{k}.mp4", moving_discs(k, seconds=6.), fps=12)
+    return ingest(d/"v", d/"00", QUIET)
+
+def links(folder, stage):
+    import pyarrow.parquet as pq
+    name = {c.id: Path(c.uri).stem for c in load_clips(stage)}
+    return {frozenset((name[r["a"]], name[r["b"]])): r for r in pq.read_table(folder/"pairs.parquet").to_pylist()}
+
+def test_an_embedding_finds_what_pictures_do_not_try(fast, tower, tmp_path):
+    embed = D.siglip_tower(tower); plain, both = dedup(fast, tmp_path/"a", CFG), dedup(fast, tmp_path/"b", CFG, embed=embed)
+    before, after = links(plain, fast), links(both, fast); quick = frozenset(("slow", "quick"))
+    assert quick not in before and after[quick]["signal"] == after[quick]["kind"] == "embedding" and after[quick]["found_by"] == "vectors" and abs(after[quick]["speed"]*2-1)*abs(after[quick]["speed"]-2) < 1e-6
+    assert {k: (r["score"], r["signal"]) for k, r in after.items() if k in before} == {k: (r["score"], "frames") for k, r in before.items()} and set(before) == {frozenset(("slow", "part"))}
+    assert not any("other" in n for k in after for n in k) and open_stage(both)["counts"]["by_embedding"] == len(after)-1
+    dedup(fast, plain, CFG, embed=embed); assert links(plain, fast) == after, "a folder made without gets them"
+    with pytest.raises(VideoVLMError, match="embed: .*none here"): dedup(fast, plain, CFG)
+    other = lambda f: f.mean((1, 2)); other.name = "other"
+    with pytest.raises(VideoVLMError, match="another DedupConfig"): dedup(fast, plain, CFG, embed=other)
+
+def test_embeddings_are_made_once_and_a_killed_run_goes_on(fast, tower, tmp_path):
+    embed, calls = D.siglip_tower(tower), []
+    def once(frames):
+        if len(calls) == 2: raise KeyboardInterrupt
+        calls.append(len(frames)); return embed(frames)
+    once.name, once.size = embed.name, embed.size
+    with pytest.raises(KeyboardInterrupt): dedup(fast, tmp_path/"o", CFG, embed=once)
+    assert len(list((tmp_path/"o"/D.SEEN).rglob("*.npz"))) == 2 and not (tmp_path/"o"/"manifest.json").exists()
+    count = lambda f: calls.append(0) or embed(f); count.name, count.size = embed.name, embed.size
+    dedup(fast, tmp_path/"o", CFG, embed=count); assert len(calls) == 5
+    dedup(fast, tmp_path/"o", CFG, embed=count); assert len(calls) == 5 and links(tmp_path/"o", fast) == links(dedup(fast, tmp_path/"p", CFG, embed=embed), fast)
+
+def test_an_embedding_alone_never_makes_a_strong_link(fast, tower, tmp_path):
+    rows = [dict(a=a, b=b, score=.99, is_duplicate=True, kind="embedding") for a, b in (("p", "q"), ("r", "s"), ("q", "r"))]
+    group, found = D._linked(rows, dict(p=0, q=1, r=2, s=3), dict(words=set(), vectors={("p", "q")}), CFG)
+    assert len(set(group)) == 2 and [r["accepted"] for r in found].count(False) == 1 and found[0]["found_by"] == "vectors"
+
+def test_a_still_clip_has_no_path(tmp_path):
+    t = np.arange(20)/4; v = np.tile(np.eye(8)[0], (20, 1)) + np.random.default_rng(0).normal(0, 1e-3, (20, 8)); still, other = D.Seen(t, v.astype(np.float16)), D.Seen(t, v[::-1].astype(np.float16))
+    assert not D.align_vectors(still, other).is_duplicate and not D.align_vectors(still, D.Seen(t[:4], v[:4].astype(np.float16))).is_duplicate
+    with pytest.raises(VideoVLMError, match="expected a vector"): D.see(np.zeros((3, 8, 8, 3), np.uint8), range(3), lambda f: np.full((3, 2), np.nan))
+    with pytest.raises(VideoVLMError, match="no vision model"): D.siglip_tower(tmp_path)
+
+def test_neighbours_share_words_and_strangers_do_not():
+    rng = np.random.default_rng(0); v = D._length_one(rng.normal(size=(400, 64))); near = D._length_one(v + .3*D._length_one(rng.normal(size=v.shape)))
+    w, n = D.vector_words(v), D.vector_words(near); shared = (w == n).sum(1)
+    assert (shared > 0).mean() > .6 and (w == np.roll(n, 1, 0)).sum(1).mean() < .01 and len(np.unique(w >> np.uint64(18))) == 16
+
+def test_captions_that_say_the_same_join_nothing(tmp_path):
+    v = tmp_path/"v"; v.mkdir(); said = ["A man talks to the camera in a studio.", "a man talks to the camera, in a studio", "Somebody speaks to us.", "To us somebody is speaking here."]
+    for k, t in enumerate(said): write_video(v/f"{k}.mp4", moving_discs(k, seconds=2.), fps=12); (v/f"{k}.txt").write_text(t)
+    st = ingest(v, tmp_path/"00", QUIET); name = {c.id: int(Path(c.uri).stem) for c in load_clips(st)}; out = dedup(st, tmp_path/"01", CFG)
+    found = lambda f: {tuple(sorted((name[r["a"]], name[r["b"]]))): r["reason"] for r in load_texts(f)}
+    assert found(out) == {(0, 1): "same words"} and len(set(load_clusters(out).values())) == 4 and open_stage(out)["counts"]["texts"] == 1
+    meaning = lambda texts: np.stack([np.eye(2)[int("us" in t)] for t in texts])
+    assert found(dedup(st, tmp_path/"02", CFG, embed_text=meaning)) == {(0, 1): "same words", (2, 3): "paraphrase"}
+    (out/"texts.parquet").unlink(); assert load_texts(out) == []
+    with pytest.raises(VideoVLMError, match="no sentence-transformers"): D.sentence_embedding(tmp_path/"00")
 
 def test_same_text():
     t = ["a red square moves to the left and then stops", "A red square moves to the left, and then stops.", "three dogs run over the snow in winter"]

@@ -683,14 +683,17 @@ def align_vectors(a:Seen, b:Seen, centre=0., cfg:DedupConfig=DedupConfig()) -> M
     if min(len(a.times), len(b.times)) < LEAST_SEEN: return best
     step = float(max(np.median(np.diff(s.times)) for s in (a, b))); X, Y = (_length_one(s.vectors.astype(np.float32)-centre) for s in (a, b))
     for _, speed, off in time_lines(Overlay(X, Y, a.times, b.times, None, 1.), replace(cfg, fps=1/step), speeds=FAST):
-        t = speed*b.times+off; ok = (t >= a.times[0]-step/2) & (t <= a.times[-1]+step/2); n = int(ok.sum())
-        if n < LEAST_SEEN: continue
-        x, y = _at(X, a.times, t[ok]), Y[ok]; dx, dy = x-x.mean(0), y-y.mean(0)
-        change, level = float((dx*dy).sum()/max(np.linalg.norm(dx)*np.linalg.norm(dy), 1e-9)), float((_length_one(x)*_length_one(y)).sum(1).mean())
-        if change > best.score and level >= ALIKE:
-            share = min(1., n*step/min(b.times[-1]+step, (a.times[-1]+step)/speed))
-            best = replace(best, score=change, speed=float(speed), offset=float(off), share=float(share), details=dict(change=round(change, 3), level=round(level, 3), frames=n))
+        change, level, n, share = _along(X, a.times, Y, b.times, speed, off, step) if speed >= 1 else _along(Y, b.times, X, a.times, 1/speed, -off/speed, step)
+        if change > best.score and level >= ALIKE: best = replace(best, score=change, speed=float(speed), offset=float(off), share=share, details=dict(change=round(change, 3), level=round(level, 3), frames=n))
     return replace(best, is_duplicate=best.score >= cfg.embed_threshold)
+
+def _along(X, ta, Y, tb, speed, off, step):
+    "(how alike two sequences change, how alike they are, frames, share of the shorter one) on the line; `speed` >= 1, so that the denser sequence is read between its frames."
+    t = speed*tb+off; ok = (t >= ta[0]-step/2) & (t <= ta[-1]+step/2); n = int(ok.sum())
+    if n < LEAST_SEEN: return 0., 0., n, 0.
+    x, y = _at(X, ta, t[ok]), Y[ok]; dx, dy = x-x.mean(0), y-y.mean(0)
+    change, level = (dx*dy).sum()/max(np.linalg.norm(dx)*np.linalg.norm(dy), 1e-9), (_length_one(x)*_length_one(y)).sum(1).mean()
+    return float(change), float(level), n, float(min(1., n*step/min(tb[-1]+step, (ta[-1]+step)/speed)))
 
 # %% ../nbs/01_dedup.ipynb #2b8dc171
 SEEN = "embeddings"   # folder below a dedup folder

@@ -589,6 +589,7 @@ def prefer_files(model, processor, source, out, recipe=None, k=4, prompt="Descri
         truths = {t["video"]: t for t in map(json.loads, (source/"truth.jsonl").read_text().splitlines())}
         mend = lambda v, text: without(text, wrong_claims(text, truths[v]), nothing="")
         return align(model, processor, [(v, prompt) for v in truths], tokens, by_score(fact_score(truths)), out, recipe, mend=mend, k=k, progress=progress)
+    if not (source/"manifest.json").is_file(): raise PreferenceError(f"{source} holds neither truth.jsonl nor manifest.json: give a pairs.jsonl, a folder that `video-vlm world` wrote, or a folder that ingest wrote")
     clips = load_clips(source)
     if not say: raise PreferenceError(f"{source} holds clips of which nobody knows the truth: say who judges (--judge MODEL or URL), or give pairs.jsonl")
     judge, mend = by_rules(say, rules, prompt)

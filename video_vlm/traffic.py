@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['operator', 'adapter_folder', 'load_kept_adapters', 'AdapterRequest', 'adapter_routes', 'LiveRouter', 'ServedLog',
-           'last_question', 'row_of', 'parity_proof', 'parity', 'Remembers', 'Feedback', 'feedback_routes', 'JsonlSink',
+           'last_question', 'row_of', 'token_facts', 'parity', 'Remembers', 'Feedback', 'feedback_routes', 'JsonlSink',
            'KafkaSink', 'make_sink', 'Outbox', 'extend', 'add_router']
 
 # %% ../nbs/09aa_traffic.ipynb #11bf18b9
@@ -163,13 +163,14 @@ def row_of(answer, prep, status) -> dict:
     row = dict(consent=bool(prep.chat.store), tenant=prep.tenant, model=prep.chat.model, **facts, ttft_s=None if answer.first is None else round(answer.first-prep.began, 4), total_s=None if answer.last is None else round(answer.last-prep.began, 4),
                status=status, error=answer.failed, refused=status == "content_filter", known=prep.known, out=answer.out, prompt=prep.receipt.prompt, video_s=round(prep.video_seconds, 1),
                question=last_question(prep.request.messages), answer=answer.texts.get(0, "").strip(), video=video, person=prep.chat.user, spans=[[c["start"], c["end"]] for c in answer.citations()])
-    return {**row, **answer.confidence(), **parity_proof(prep)}
+    return {**row, **answer.confidence(), **token_facts(prep, answer.gw.spanned.fingerprint[:16])}
 
-def parity_proof(prep) -> dict:
-    "Of a kept request in the parity sample: hash and plan of its last video's tokens, so that they can be made again offline."
+def token_facts(prep, encoder="") -> dict:
+    "Of a kept request: where its last video's tokens are and whose they are (the encoder's fingerprint begins with `encoder`); in the parity sample also their hash and plan, so that they can be made again offline."
     last = max((k for k, (m, _) in enumerate(prep.media) if m.kind == "video"), default=None)
-    if last is None or not prep.chat.store or not in_parity_sample(prep.id): return {}
-    return dict(token_hash=token_hash(prep.request.videos[last].tokens), plan=asdict(prep.media[last][1]))
+    if last is None or not prep.chat.store: return {}
+    vt = prep.request.videos[last]; named = dict(tokens=vt.key, encoder=encoder)
+    return dict(named, token_hash=token_hash(vt.tokens), plan=asdict(prep.media[last][1])) if in_parity_sample(prep.id) else named
 
 # %% ../nbs/09aa_traffic.ipynb #377dfa09
 def parity(serve, encoder, limit=None, progress=True) -> tuple:
