@@ -2,6 +2,8 @@
 import json, re, shutil
 from pathlib import Path
 import numpy as np, pytest
+from test_gateway import place, user  # noqa: F401 (place is a fixture)
+from test_gateway_traffic import opened
 from video_vlm import cases as C
 from video_vlm.data import Sample, content_id, save_samples, write_video
 from video_vlm.flywheel import FlywheelConfig, FlywheelError, RequestLog, Subject, Tombstones, annotate
@@ -42,6 +44,7 @@ def test_from_the_log_of_a_server_to_the_next_data_set(serve, tmp_path, say):
     export = label(tmp_path/"mined", tmp_path/"e.json", [("ann", 1), ("bob", 1)])
     code, out = say("flywheel", "accept", export, "--mined", tmp_path/"mined", "--out", tmp_path/"v1", "--runs", runs); assert code == 0 and "0 go back" in out, out
     card = json.loads((tmp_path/"v1/card.json").read_text()); assert card["verified"] == card["clips"] > 2 and (runs/"lineage.jsonl").exists()
+    told = [json.loads(l) for l in (tmp_path/"v1/labels.jsonl").read_text().splitlines()]; assert len(told) == card["verified"] and {t["answer"] for t in told} == {"a box"} and {True, False} == {t["drawn"] for t in told}
     old = load_splits(tmp_path/"v1/01a_splits")
     new = clip(tmp_path/"n.mp4", 40); (folder/"media"/new[:2]).mkdir(exist_ok=True); shutil.move(tmp_path/"n.mp4", folder/"media"/new[:2]/f"{new}.mp4")
     log = RequestLog(folder/"log"); log.request("a"*32, consent=True, video=new, question="And this?", answer="?", tenant="acme"); log.feedback("a"*32, edit="a cup")
@@ -76,7 +79,29 @@ def test_conditions_come_from_what_training_saw(serve, tmp_path):
     rows, share = C.with_conditions(C.log_rows(folder), C.kept_videos(folder), stage)
     assert all("dark" in r["condition"] for r in rows if r["video"] in ids[6:]) and not any("dark" in r["condition"] for r in rows if r["video"] in ids[:6]) and abs(sum(share.values())-1) < 1e-9
 
-@pytest.mark.parametrize("words,said", [(("mine", "NOWHERE"), "does not exist"), (("mine", "EMPTY"), "no request log"), (("mine", "SERVE", "--budget", "0"), "at least 1"), (("mine", "SERVE", "--gold", "NOWHERE"), "does not exist"),
+def test_what_the_server_stored_says_what_is_far(place, tmp_path, say, monkeypatch):
+    from video_vlm.data import IngestConfig, ingest
+    from video_vlm.scale import encode_clips
+    from video_vlm.serving import load_encoder
+    for k in range(4): clip(tmp_path/f"train/{k}.mp4", 60+k)
+    stage = ingest(tmp_path/"train", tmp_path/"learnt/00", IngestConfig(progress=False)); load_encoder(place[1]).save_pretrained(tmp_path/"learnt/03/encoder")
+    encode_clips(stage, tmp_path/"learnt/03/encoder", tmp_path/"learnt/03", progress=False)
+    clip(tmp_path/"usual.mp4", 63); files, folder = [tmp_path/"usual.mp4", place[3]], place[0]/"far"
+    with opened(place, "far", sync_seconds=60.) as h:
+        for f in files:
+            id = h.client().files.create(file=open(f, "rb"), purpose="vision").id
+            h.client().chat.completions.create(model="video-vlm", messages=user("What is it?", id), max_tokens=2, store=True)
+    def refuse(*a, **k): raise AssertionError("decoded")
+    monkeypatch.setattr(C, "read_frames_safely", refuse)                                       # what is stored is not decoded
+    code, out = say("flywheel", "mine", folder, "--train", tmp_path/"learnt", "--out", tmp_path/"m", "--budget", 2); assert code == 0 and "1 far from training" in out, out
+    cases = [json.loads(l) for l in (tmp_path/"m/cases.jsonl").read_text().splitlines()]; assert {c["row"]["video"] for c in cases} == {content_id(f) for f in files}
+    assert all(len(c["row"]["encoder"]) == 16 and (folder/"tokens/entries"/c["row"]["tokens"][:2]/f"{c['row']['tokens']}.safetensors").exists() for c in cases)
+    rows, train = C.log_rows(folder), tmp_path/"learnt/03"; before, _ = C.clip_vectors(rows, C.kept_videos(folder), train, folder/"tokens", tmp_path/"own", progress=False)
+    monkeypatch.undo(); again, _ = C.clip_vectors([{**r, "encoder": "another"} for r in rows], C.kept_videos(folder), train, folder/"tokens", tmp_path/"own", progress=False)
+    assert (before*again).sum(1).min() > .98 and len(list((tmp_path/"own/entries").glob("??/*"))) == 2    # another encoder's are made again; the plans differ a little, the clips do not
+    shutil.rmtree(train/"tokens/entries"); assert "run video-vlm encode again" in say("flywheel", "mine", folder, "--train", tmp_path/"learnt", "--out", tmp_path/"m2")[1]
+
+@pytest.mark.parametrize("words,said", [(("mine", "NOWHERE"), "does not exist"), (("mine", "EMPTY"), "no request log"), (("mine", "SERVE", "--budget", "0"), "at least 1"), (("mine", "SERVE", "--gold", "NOWHERE"), "does not exist"), (("mine", "SERVE", "--train", "NOWHERE"), "does not exist"), (("mine", "SERVE", "--train", "EMPTY"), "no training data"),
     (("mine", "SERVE", "--labeller", "http://127.0.0.1:9/v1"), "nobody answers"), (("accept", "NOWHERE"), "does not exist"), (("accept", "JUNK", "--mined", "EMPTY"), "not written by"), (("accept", "JUNK", "--votes", "0"), "1 or more"), (("accept", "JUNK", "--previous", "EMPTY"), "does not exist")])
 def test_mistakes_are_one_line(serve, tmp_path, words, said, say):
     (tmp_path/"empty").mkdir(); (tmp_path/"junk").write_text("{")

@@ -52,6 +52,16 @@ def test_models_plug_in(stage, tmp_path):
     out = filter_clips(stage, tmp_path/"f", CFG.with_rules(agreement=Rule(.5), frozen=Rule(), motion=Rule(), black=Rule(), sharpness=Rule()), agreement=lambda frames, texts: .2, unsafe=lambda frames: float(frames.mean() < 20))
     assert names(stage, out) == {"frozen.mp4"}, "the captioned one disagrees, the black one is called unsafe"
 
+def test_a_classifier_by_name(stage, tmp_path, monkeypatch):
+    (tmp_path/"my_checks.py").write_text("import numpy as np\ndef dark(frames): return float(frames.mean() < 20)\ndef light(frames): return float(frames.mean() > 20)\ndef loud(frames): return 3\nclass Seen: score = .9\ndef verdict(frames): return Seen()\n")
+    monkeypatch.chdir(tmp_path); monkeypatch.syspath_prepend(str(tmp_path)); open_ = CFG.with_rules(frozen=Rule(), motion=Rule(), black=Rule(), sharpness=Rule())
+    assert names(stage, filter_clips(stage, "f", open_, unsafe=F.classifier_of("my_checks:dark"))) == {"lively.mp4", "frozen.mp4"}
+    assert names(stage, filter_clips(stage, "f", open_, unsafe=F.classifier_of("my_checks:light"))) == {"black.mp4"}, "another model measures again"
+    monkeypatch.setattr(F, "measure", lambda *a, **k: pytest.fail("decoded again")); assert names(stage, filter_clips(stage, "f", open_, unsafe=F.classifier_of("my_checks:light"))) == {"black.mp4"}
+    assert F.classifier_of("my_checks:verdict")(None) == .9
+    for bad, why in (("my_checks:loud", "no probability"), ("my_checks:none", "no module:function"), ("nowhere", "no module:function"), ("", "no module:function"), ("a b:c", "no module:function")):
+        with pytest.raises(VideoVLMError, match=why): F.classifier_of(bad)
+
 def test_kinds_of_pii():
     kinds = {k for k, *_ in find_pii("Mary Johnson, mary.j@example.org, +49 30 901820")}; assert kinds == {"EMAIL", "PHONE", "PERSON"}
     assert text_scores(Clip("1", "x")) == dict(pii=None, language=None)

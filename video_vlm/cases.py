@@ -79,8 +79,10 @@ def clip_vectors(rows, files, encoded, kept, out, most=2000, progress=True)->tup
     named = {r["video"]: r["tokens"] for r in rows if r.get("tokens") and r.get("encoder") == enc.fingerprint[:16]}
     def vector(video):
         if kept is not None and (vt := kept.get(named.get(video, "0"*64))) is not None: return clip_vector(vt.tokens)
-        plan = plan_frames(isolated(probe, files[video]), size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
-        return clip_vector(visual_tokens(SimpleNamespace(uri=files[video], id=video), plan, enc, TokenStore(out), read=read_frames_safely).tokens)
+        try:
+            plan = plan_frames(isolated(probe, files[video]), size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
+            return clip_vector(visual_tokens(SimpleNamespace(uri=files[video], id=video), plan, enc, TokenStore(out), read=read_frames_safely).tokens)
+        except VideoVLMError: return train[0]            # a file that cannot be read is no news
     at = {v: vector(v) for v in tqdm(sorted({r["video"] for r in rows}), desc="vectors", unit="video", disable=not progress)}
     return np.array([at[r["video"]] for r in rows]), np.array(train)
 

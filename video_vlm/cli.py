@@ -261,15 +261,16 @@ def rule_of(text):
 
 @app.command("filter")
 def filter_(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/00b_filters", rule: Annotated[Optional[list[str]], typer.Option(help="FILTER=LOW:HIGH (again for each)")] = None,
-            language: Annotated[Optional[list[str]], typer.Option(help="Accepted language of texts (again for each; default en)")] = None, agreement: Annotated[Optional[str], typer.Option(help="Local folder with a SigLIP, for text-image agreement")] = None):
+            language: Annotated[Optional[list[str]], typer.Option(help="Accepted language of texts (again for each; default en)")] = None, agreement: Annotated[Optional[str], typer.Option(help="Local folder with a SigLIP, for text-image agreement")] = None,
+            unsafe: Annotated[Optional[str], typer.Option(help="Classifier of frames, as module:function; default: the picture check of the gateway")] = None):
     """Score clips (duration, resolution, black, frozen, sharpness, motion, language, PII ...), decide, and show the funnel.
 
     Example:  video-vlm filter runs/mine/00_ingest --out runs/mine/00b_filters --rule sharpness=20: --rule duration=1:60
     """
-    from video_vlm.filters import FilterConfig, filter_clips, funnel_report, siglip_agreement
+    from video_vlm.filters import FilterConfig, classifier_of, filter_clips, funnel_report, siglip_agreement
     if odd := [l for l in language or () if not (l.isalpha() and l.islower() and len(l) in (2, 3))]: raise VideoVLMError(f"--language {odd[0]}: expected a code such as en or de")
     cfg = FilterConfig(**(dict(languages=tuple(language)) if language else {})).with_rules(**dict(map(rule_of, rule or ())))
-    folder = filter_clips(existing(stage, "ingest folder"), out, cfg, agreement=siglip_agreement(agreement) if agreement else None)
+    folder = filter_clips(existing(stage, "ingest folder"), out, cfg, agreement=siglip_agreement(agreement) if agreement else None, unsafe=classifier_of("video_vlm.gateway:skin_check" if unsafe == "default" else unsafe) if unsafe else None)
     for r in json.loads((folder/"funnel.json").read_text()): typer.echo(f"{r['filter']:12} -{r['lost']:<6} {r['left']} left")
     typer.echo(f"pictures: {funnel_report(stage, folder)}")
 

@@ -685,7 +685,7 @@ def align_vectors(a:Seen, b:Seen, centre=0., cfg:DedupConfig=DedupConfig()) -> M
     for _, speed, off in time_lines(Overlay(X, Y, a.times, b.times, None, 1.), replace(cfg, fps=1/step), speeds=FAST):
         change, level, n, share = _along(X, a.times, Y, b.times, speed, off, step) if speed >= 1 else _along(Y, b.times, X, a.times, 1/speed, -off/speed, step)
         if change > best.score and level >= ALIKE: best = replace(best, score=change, speed=float(speed), offset=float(off), share=share, details=dict(change=round(change, 3), level=round(level, 3), frames=n))
-    return replace(best, is_duplicate=best.score >= cfg.embed_threshold)
+    return replace(best, is_duplicate=best.score >= max(cfg.embed_threshold, SHORT if best.details.get("frames", 0) < 10 else 0))
 
 def _along(X, ta, Y, tb, speed, off, step):
     "(how alike two sequences change, how alike they are, frames, share of the shorter one) on the line; `speed` >= 1, so that the denser sequence is read between its frames."

@@ -10,14 +10,15 @@ __all__ = ['EvaluationError', 'EvaluationConfig', 'Prediction', 'normalise', 'ma
            'bleu', 'rouge_l', 'cider', 'caption_metrics', 'Item', 'choice_prompt', 'score_answer', 'Task',
            'task_from_samples', 'score_caption', 'caption_summary', 'caption_task', 'shuffle_options', 'position_bias',
            'contamination', 'answer_key', 'batched', 'Run', 'environment', 'run_task', 'load_run', 'prior_answer',
-           'openai_answer', 'checkpoint_fingerprint', 'span_asked', 'model_answer', 'likely', 'transformers_answer',
-           'is_ours', 'served_models', 'open_answer']
+           'openai_answer', 'checkpoint_fingerprint', 'span_asked', 'abilities', 'answer_for', 'model_answer', 'likely',
+           'transformers_answer', 'is_ours', 'served_models', 'open_answer']
 
 # %% ../nbs/07_evaluation.ipynb #7718dfd3
 import hashlib, inspect, json, math, os, platform, re, sys, time, unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import numpy as np
@@ -525,13 +526,17 @@ def score_answer(text, item):
 # %% ../nbs/07_evaluation.ipynb #2725ca60
 @dataclass(frozen=True)
 class Task:
-    "Items plus four functions. Defaults suit question answering and grounding."
+    "Items plus functions. Defaults suit question answering and grounding."
     name:str
     items:tuple
     prompt:object=choice_prompt # item -> str
     score:object=score_answer # (text, item) -> (score, chosen)
     aggregate:object=summary # predictions -> dict
     source:str="" # Where the items came from, with hash
+    asks:str="" # An ability that is asked for instead of a text, where a model has it (see `abilities`)
+    in_words:bool=True # A model without that ability may answer in words
+    ask_all:object=None # items -> prompts, where a question names the other items (retrieval)
+    together:object=None # predictions -> (predictions, {name: figure}, {file name: bytes}): scores that need all answers, and a submission
 
 def task_from_samples(samples, name="qa", tasks=("qa",), media=None):
     "Items from `Sample`s (meta: skill, answer, options, span). `media`: clip id -> path, not needed where a sample names its file; a grounding sample's truth is its span."
@@ -669,7 +674,7 @@ def run_task(task, answer, out=None, cfg=EvaluationConfig(), plan="", model="", 
     started = time.time()
     items = [shuffle_options(i, cfg.seed) if cfg.shuffle_options else i for i in task.items]
     if len({i.id for i in items}) != len(items): raise EvaluationError(f"item ids of task {task.name} are not unique")
-    prompts, media = [task.prompt(i) for i in items], _media_ids(items)
+    prompts, media = task.ask_all(items) if task.ask_all else [task.prompt(i) for i in items], _media_ids(items)
     keys = [answer_key(m, p, plan, model, i.span) for m, p, i in zip(media, prompts, items)]
     folder = Path(out) if out else None
     if folder: folder.mkdir(parents=True, exist_ok=True); (folder / "manifest.json").unlink(missing_ok=True)
@@ -696,7 +701,8 @@ def _predict(task, item, key, row):
     return Prediction(item.id, item.clip, task.name, item.skill, item.question, row["answer"], truth, float(score), tuple(item.options), int(chosen), dict(item.facts), row.get("error", ""), key)
 
 def _finish(task, preds, items, prompts, folder, cfg, plan, model, train, meta, asked, started):
-    summ = task.aggregate(preds)
+    preds, figures, written = task.together(preds) if task.together else (preds, {}, {})
+    summ = task.aggregate(preds) | figures
     found = contamination(items, **(train or {}))
     clean = [p for p in preds if p.id not in set(found["ids"])]
     summ["contamination"] = {k: v for k, v in found.items() if k != "ids"} | {"clean": accuracy(clean).to_dict("accuracy") if found["n"] and clean else None}
@@ -704,7 +710,9 @@ def _finish(task, preds, items, prompts, folder, cfg, plan, model, train, meta, 
     if folder:
         with atomic_write(folder / "predictions.jsonl") as f: f.writelines(json.dumps(asdict(p), ensure_ascii=False, default=str) + "\n" for p in preds)
         _write_json(folder / "summary.json", summ); _write_json(folder / "config.json", asdict(cfg))
-        files = {n: content_id(folder / n) for n in ("predictions.jsonl", "summary.json", "config.json")}
+        for name, raw in written.items():
+            with atomic_write(folder / name, "wb") as f: f.write(raw)
+        files = {n: content_id(folder / n) for n in ("predictions.jsonl", "summary.json", "config.json", *written)}
         _write_json(folder / "manifest.json", {"stage": "evaluation", "task": task.name, "source": task.source, "items": _hash([asdict(i) for i in items]), "prompts": _hash(prompts),
             "model": str(model), "plan": plan, "config": asdict(cfg), "counts": {"items": len(items), "asked": asked, "errors": sum(bool(p.error) for p in preds)}, "files": files,
             "contaminated_ids": found["ids"], "environment": environment(), "argv": sys.argv, "started": started, "seconds": time.time() - started, **(meta or {})})
@@ -755,6 +763,28 @@ def span_asked(item):
     "(start, end) in seconds of the part that a question is about, (None, None) for all of the clip; a grounding's span is its truth and no hint."
     return tuple(item.span) if item.span and item.truth != "" else (None, None)
 
+# %% ../nbs/07_evaluation.ipynb #f0b137d0
+def abilities(model, processor, store=None, blind=False, look=None):
+    "{name: `answer(item, prompt)` that gives JSON} of what our model tells besides text: `windows` and `highlights` of `item.question`, `events` of a clip, `matches` with the lines of a prompt. `look(media, span)` -> tokens of a short look."
+    from video_vlm.moments import LookConfig, clip_of, events_of, find_moments, long_tokens, saliency, sampling_of, sentence_fits
+    whole = lru_cache(2)(lambda media: long_tokens(clip_of(media), model.encoder, sampling_of(processor)["fps"], store))
+    sentences = lru_cache(1)(lambda prompt: sentence_fits(model, processor, prompt.split("\n")))
+    short = lambda x, n=4: [round(float(v), n) for v in x]
+    seen = lambda item: not blind and item.media
+    spans = lambda item: [short((m.start, m.end, m.confidence)) for m in find_moments(item.question, whole(item.media), model, processor)] if seen(item) else []
+    def windows(item, prompt): return json.dumps({"windows": spans(item)})
+    def highlights(item, prompt): return json.dumps({"windows": spans(item), "saliency": short(saliency(item.question, whole(item.media), model, processor)) if seen(item) else []})
+    def events(item, prompt): return json.dumps([{"sentence": e.text, "timestamp": short((e.start, e.end)), "confidence": round(e.confidence, 4)} for e in events_of(whole(item.media), model, processor)] if seen(item) else [])
+    def matches(item, prompt): return json.dumps(short(sentences(prompt)(look(item.media, (None, None)))) if seen(item) else [0.]*len(prompt.split("\n")))
+    for f in (out := (windows, highlights, events, matches)): f.how = {"asks": f.__name__, "look": asdict(LookConfig())}
+    return {f.__name__: f for f in out}
+
+def answer_for(task, answer):
+    "What answers `task`: the ability that it asks for where the model has it, its words otherwise. Raises EvaluationError where words will not do."
+    if not task.asks or hasattr(answer, task.asks): return getattr(answer, task.asks) if task.asks else answer
+    if not task.in_words: raise EvaluationError(f"{task.name} needs {task.asks} of every clip, which only a checkpoint of ours gives here: for another model, score its answers with --predictions")
+    return answer
+
 # %% ../nbs/07_evaluation.ipynb #3684a172
 def model_answer(model, processor, store=None, blind=False, max_new_tokens=32):
     "A batched answer function of our model: plan, tokens (through `store`), answers. Items without media are asked without video; `blind` asks all of them so."
@@ -776,6 +806,8 @@ def model_answer(model, processor, store=None, blind=False, max_new_tokens=32):
     def choose(items): return [p for _, p in choose_batch(model, processor, [(x, i.question, [str(o) for o in i.options]) for x, i in zip(seen(items), items)])]
     answer.choose, answer.kind = choose, "checkpoint"
     answer.plan = {"fps": how["fps"], "max_frames": how["max_frames"], "size": enc.size, "blind": blind, "encoder": enc.fingerprint}
+    for name, able in abilities(model, processor, store, blind, look).items():
+        able.plan, able.kind = {**answer.plan, **able.how}, answer.kind; setattr(answer, name, able)
     return answer
 
 # %% ../nbs/07_evaluation.ipynb #24fb666a

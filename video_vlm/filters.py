@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RULES', 'PICTURE', 'TEXT', 'VERSIONS', 'RECOGNISERS', 'Rule', 'FilterConfig', 'picture_scores', 'find_emails',
            'find_phones', 'find_persons', 'find_pii', 'redact', 'language_scores', 'clip_texts', 'text_scores',
-           'calibrate', 'pick_threshold', 'siglip_agreement', 'measure', 'decide', 'funnel', 'filter_clips',
-           'load_kept', 'load_refused', 'plot_funnel', 'funnel_report']
+           'calibrate', 'pick_threshold', 'siglip_agreement', 'classifier_of', 'measure', 'decide', 'funnel',
+           'filter_clips', 'load_kept', 'load_refused', 'plot_funnel', 'funnel_report']
 
 # %% ../nbs/00b_filters.ipynb #1ccc64fe
-import hashlib, json, re
+import hashlib, importlib, json, os, re, sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -138,7 +138,25 @@ def siglip_agreement(folder, batch:int=16):
         x = pic(images=list(frames), return_tensors="pt")["pixel_values"]; seen = torch.cat([unit(model.get_image_features(pixel_values=b)) for b in x.split(batch)])
         t = tok(list(texts), padding="max_length", truncation=True, max_length=most, return_tensors="pt")["input_ids"]
         return float((seen @ unit(model.get_text_features(input_ids=t)).T).mean(0).max())
+    score.name = Path(folder).name
     return score
+
+# %% ../nbs/00b_filters.ipynb #1856e622
+def classifier_of(text:str):
+    "The function that `module:function` names (modules of the working folder too), tried on two frames; raises `VideoVLMError`."
+    module, _, name = text.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path: sys.path.append(os.getcwd())
+    try: fn = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError) as e: raise VideoVLMError(f"{text!r} is no module:function ({e}): name a function of frames that returns a probability") from None
+    except Exception as e: raise VideoVLMError(f"the module of {text!r} cannot be imported ({type(e).__name__}: {e})") from None
+    def classifier(frames):
+        p = fn(frames); p = float(getattr(p, "score", p))
+        if not 0 <= p <= 1: raise ValueError(f"{p:g} is no probability from 0 to 1; `calibrate` turns scores into one")
+        return p
+    try: classifier(np.full((2, 64, 64, 3), 127, np.uint8))
+    except Exception as e: raise VideoVLMError(f"{text} failed on two grey frames uint8 [2,64,64,3] ({type(e).__name__}: {e}): expected a function of frames that returns a probability") from None
+    classifier.name = text
+    return classifier
 
 # %% ../nbs/00b_filters.ipynb #78165de6
 def _look(uri, duration, n, size):
@@ -184,36 +202,36 @@ def funnel(rows, order) -> list:
     return out
 
 # %% ../nbs/00b_filters.ipynb #2da89437
-def _ruler(k, clip, cfg) -> str:
+def _ruler(k, clip, cfg, models={}) -> str:
     "What a score was measured with: the filter's version and all that its number depends on."
     v = VERSIONS[k]
-    if k in PICTURE: return f"{v}/{cfg.frames}x{cfg.size}"
+    if k in PICTURE: return f"{v}/{cfg.frames}x{cfg.size}" + (f"/{models[k]}" if models.get(k) else "")
     if k in TEXT: return f"{v}/{'+'.join(cfg.languages) if k == 'language' else ''}/{hashlib.sha256(json.dumps(clip_texts(clip)).encode()).hexdigest()[:12]}"
     return v
 
-def _missing(clip, have, wants, cfg): return [k for k in wants if have.get((clip.id, k), {}).get("version") != _ruler(k, clip, cfg)]
+def _missing(clip, have, wants, cfg, models={}): return [k for k in wants if have.get((clip.id, k), {}).get("version") != _ruler(k, clip, cfg, models)]
 
 def filter_clips(stage_folder, out, cfg:FilterConfig=FilterConfig(), agreement=None, unsafe=None) -> Path:
     """Measure the clips of an ingest folder that have no scores of the present versions, then `decide`; returns `out`. Killed, it goes on where it was.
 
-    `agreement(frames, texts)` and `unsafe(frames)` are optional models. Clips that are kept: `load_kept(out)`.
+    `agreement(frames, texts)` and `unsafe(frames)` are optional models; where they carry a `name`, a score by another name is measured again. Clips that are kept: `load_kept(out)`.
     """
     from tqdm.auto import tqdm
     out = Path(out); out.mkdir(parents=True, exist_ok=True); clips = load_clips(stage_folder); (out/"manifest.json").unlink(missing_ok=True)
-    wants = [k for k in VERSIONS if not (k == "agreement" and agreement is None or k == "unsafe" and unsafe is None)]
+    wants = [k for k in VERSIONS if not (k == "agreement" and agreement is None or k == "unsafe" and unsafe is None)]; models = dict(agreement=getattr(agreement, "name", ""), unsafe=getattr(unsafe, "name", ""))
     with Journal(out/"measured.jsonl") as journal:
         have = {(r["id"], r["filter"]): r for r in _read(out/"measurements.parquet") + [r for r in journal.rows if "filter" in r]}; broken, bugs = {}, []
         def one(c):
-            ks = _missing(c, have, wants, cfg)
+            ks = _missing(c, have, wants, cfg, models)
             try: scores = text_scores(c, cfg) if set(ks) <= set(TEXT) else measure(c, cfg, agreement, unsafe)
             except VideoVLMError as e: return None, e.code
             except Exception as e: bugs.append(e); return None, "internal"      # whatever a file can do, it does it to itself
             return {k: scores.get(k) for k in {*ks, *scores}}, ""
-        todo = [c for c in clips if _missing(c, have, wants, cfg)]
+        todo = [c for c in clips if _missing(c, have, wants, cfg, models)]
         with tqdm(total=len(clips), initial=len(clips)-len(todo), desc="filters", unit="clip", disable=not cfg.progress) as bar:
             for c, (scores, why) in thread_map(one, todo, cfg.workers):
                 if scores is None: broken[c.id] = why
-                for k, v in (scores or {}).items(): have[c.id, k] = r = dict(id=c.id, filter=k, score=v, version=_ruler(k, c, cfg)); journal.add(r)
+                for k, v in (scores or {}).items(): have[c.id, k] = r = dict(id=c.id, filter=k, score=v, version=_ruler(k, c, cfg, models)); journal.add(r)
                 bar.update()
         if todo and len(bugs) == len(todo): raise bugs[0]                       # not one worked: it is not the files
         ids = {c.id for c in clips}; _table(out/"measurements.parquet", [r for r in have.values() if r["id"] in ids], ["id", "filter", "score", "version"])

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CITATION', 'LookConfig', 'sampling_of', 'long_tokens', 'from_zero', 'part_of', 'clip_of', 'caption_gain', 'rerank',
-           'overlap', 'find_moment', 'cite', 'named', 'check_citations', 'Look', 'LongAnswer', 'look_at', 'quote',
-           'model_writes', 'answer_from', 'space_of', 'searchable', 'query_of', 'ask_video', 'is_long', 'read_facts',
-           'open_index', 'listed', 'index_folder', 'known', 'find']
+           'overlap', 'Moment', 'spans_of', 'told_once', 'find_moments', 'find_moment', 'moment_strip', 'saliency',
+           'Event', 'events_of', 'sentence_fits', 'cite', 'named', 'check_citations', 'Look', 'LongAnswer', 'look_at',
+           'quote', 'model_writes', 'answer_from', 'space_of', 'searchable', 'query_of', 'ask_video', 'is_long',
+           'read_facts', 'open_index', 'listed', 'index_folder', 'known', 'find']
 
 # %% ../nbs/06a_moments.ipynb #1753bd79
 import hashlib, json, math, re
@@ -15,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from .data import Clip, IngestConfig, VideoVLMError, atomic_write, ingest, isolated, load_clips, probe
 from .encoder import VisualTokens
-from .frames import plan_frames, read_frames_safely
-from .model import CAPTION_PROMPT, answer_batch, embed, embed_text, ground, score_batch
+from .frames import plan_frames, read_frames_safely, show_frames
+from .model import CAPTION_PROMPT, GROUND_PROMPT, answer_batch, caption_scores, embed, embed_text, parse_spans, score_batch
 from .search import Hit, Index, SearchConfig, SearchError, diversify, index_clips, one_a_clip, search, segments, similar, vectors_of, version_of
 from .store import TokenStore, source_of, visual_tokens
 
@@ -26,6 +27,7 @@ class LookConfig:
     "How the model looks into a long video."
     window:float = 8. # Seconds shown at once: what it was trained on
     stride:float = 6. # From one window to the next
+    moment:float = 4. # Seconds of the windows, overlapping by half, in which a moment is looked for
     looks:int = 4 # Windows looked at closely for an answer
     piece:float = 60. # Seconds that are encoded at once
 
@@ -72,15 +74,89 @@ def overlap(a, b):
     "Intersection over union of two spans."
     return max(0., min(a[1], b[1])-max(a[0], b[0]))/max(max(a[1], b[1])-min(a[0], b[0]), 1e-9)
 
+@dataclass(frozen=True)
+class Moment:
+    "A span in which something happens."
+    start:float # Seconds inside the clip
+    end:float
+    confidence:float # 0..1: that the window shows it, times that the model says this span
+
+def spans_of(model, processor, parts, queries, max_new_tokens=24):
+    "For (`VisualTokens`, query) pairs: [(spans in seconds of the clip, log-probability of the answer that names them)]."
+    asked = [(from_zero(p), GROUND_PROMPT.format(query=q.rstrip("?. "))) for p, q in zip(parts, queries)]
+    texts = answer_batch(model, processor, asked, max_new_tokens)
+    sure = score_batch(model, processor, [(*a, t) for a, t in zip(asked, texts)])
+    at = lambda p, text: [(a+float(p.starts[0]), b+float(p.starts[0])) for a, b in parse_spans(text, float(p.ends[-1]-p.starts[0]))]
+    return [(at(p, t), lp) for p, t, (lp, _) in zip(parts, texts, sure)]
+
+def told_once(found, same=lambda a, b: True):
+    "`found` (.start, .end) without those that lie on an earlier one by half or more."
+    out = []
+    for m in found:
+        if not any(same(m, o) and overlap((m.start, m.end), (o.start, o.end)) >= .5 for o in out): out.append(m)
+    return out
+
+def find_moments(query, tokens, model, processor, cfg=LookConfig()):
+    "`Moment`s of `query` in one clip of any length, surest first; none where the model names no span."
+    parts = segments(tokens, SearchConfig(segment=cfg.moment, overlap=cfg.moment/2))
+    gain = caption_gain(model, processor, parts, query)
+    share, best = np.exp(gain-np.logaddexp.reduce([0., *gain])), np.argsort(-gain, kind="stable")[:cfg.looks]      # 0: none of them shows it
+    told = spans_of(model, processor, [parts[i] for i in best], [query]*len(best))
+    return told_once(sorted((Moment(a, b, float(share[i]*np.exp(lp))) for i, (spans, lp) in zip(best, told) for a, b in spans), key=lambda m: -m.confidence))
+
 def find_moment(query, tokens, model, processor, cfg=LookConfig()):
-    "When `query` happens in one clip of any length: [(start, end)] in seconds inside the clip, likeliest first; empty where the model names no moment."
-    parts, found = segments(tokens, SearchConfig(segment=cfg.window, overlap=cfg.window-cfg.stride)), []
-    if len(parts) > 1: parts = [parts[i] for i in np.argsort(-caption_gain(model, processor, parts, query), kind="stable")[:cfg.looks]]
-    for p in parts:
-        t, end = float(p.starts[0]), float(p.ends[-1])
-        spans = [(a+t, min(b+t, end)) for a, b in ground(model, processor, from_zero(p), query) if a+t < end]
-        found += [s for s in spans if all(overlap(s, f) < .5 for f in found)]
-    return found
+    "When `query` happens: [(start, end)] in seconds of the clip, surest first (`find_moments` without the confidence)."
+    return [(m.start, m.end) for m in find_moments(query, tokens, model, processor, cfg)]
+
+# %% ../nbs/06a_moments.ipynb #4c8955e9
+def moment_strip(path, moments=(), n=8, width=96):
+    "PIL image of a file: `n` frames of the whole with a bar that marks the moments, then a row of frames for each moment. Raises MediaError."
+    from PIL import Image, ImageDraw
+    clip = clip_of(path); size = (width, max(2, round(width*clip.height/max(clip.width, 1))))
+    def row(a, b): t = a+(b-a)*(np.arange(n)+.5)/n; return show_frames(read_frames_safely(path, t, size=size), times=t, cols=n, width=width)
+    rows = [row(0., clip.duration), *(row(m.start, min(m.end, clip.duration)) for m in moments)]
+    W, y = rows[0].width, rows[0].height+12
+    sheet = Image.new("RGB", (W, y+sum(r.height for r in rows[1:])), "white"); d = ImageDraw.Draw(sheet); sheet.paste(rows[0], (0, 0))
+    d.rectangle([4, y-9, W-5, y-5], fill="#dddddd")
+    for m, r in zip(moments, rows[1:]):
+        d.rectangle([4+(W-9)*m.start/clip.duration, y-12, 4+(W-9)*min(1., m.end/clip.duration), y-2], fill="#f0b429")
+    for r in rows[1:]: sheet.paste(r, (0, y)); y += r.height
+    return sheet
+
+# %% ../nbs/06a_moments.ipynb #843e0f80
+def saliency(query, tokens, model, processor, step=2., look=4.):
+    "How well every stretch of `step` seconds fits `query`: [n] nats that `look` seconds around it add to the sentence (`caption_gain`)."
+    first, end = float(tokens.starts[0]), float(tokens.ends[-1])
+    at = [min(max((i+.5)*step-look/2, first), max(first, end-look)) for i in range(max(1, int(end/step)))]
+    return caption_gain(model, processor, [part_of(tokens, a, a+look) for a in at], query)
+
+@dataclass(frozen=True)
+class Event:
+    "A sentence about a span of a clip."
+    start:float # Seconds
+    end:float
+    text:str
+    confidence:float # That the model says this span, 0..1
+
+def events_of(tokens, model, processor, cfg=LookConfig(), max_new_tokens=64):
+    "`Event`s of one clip of any length, in order of time."
+    parts = segments(tokens, SearchConfig(segment=cfg.moment, overlap=0.))
+    texts = answer_batch(model, processor, [(from_zero(p), CAPTION_PROMPT) for p in parts], max_new_tokens)
+    told = [(p, s.strip(" .;")) for p, t in zip(parts, texts) for s in re.split(r"(?<=[.!?;])\s+|, then ", t) if s.strip(" .;")]
+    found = spans_of(model, processor, [p for p, _ in told], [s[:1].lower()+s[1:] for _, s in told])
+    out = [Event(*(spans[0] if spans else (float(p.starts[0]), float(p.ends[-1]))), f"{s[:1].upper()}{s[1:]}.", float(np.exp(lp))) for (p, s), (spans, lp) in zip(told, found)]
+    return sorted(told_once(sorted(out, key=lambda e: -e.confidence), lambda a, b: a.text == b.text), key=lambda e: (e.start, e.end))
+
+# %% ../nbs/06a_moments.ipynb #be9102e5
+def sentence_fits(model, processor, sentences, look=50):
+    "A function `VisualTokens` of a clip -> how well each of `sentences` fits it [n]: nats (see `caption_gain`) for the `look` nearest by vector, cosine - 10,000 for the rest."
+    vectors, prior = np.stack([embed_text(model, processor, s) for s in sentences]), caption_scores(model, processor, None, sentences)
+    def fits(tokens):
+        near = vectors @ embed(model, tokens); best = np.argsort(-near, kind="stable")[:look]
+        out = near.astype(float)-1e4
+        out[best] = caption_scores(model, processor, tokens, [sentences[i] for i in best])-prior[best]
+        return out
+    return fits
 
 # %% ../nbs/06a_moments.ipynb #3fa6763d
 CITATION = re.compile(r"\s*\[([\w\-]+) (\d+(?:\.\d+)?)\s*s?\s*[-–]\s*(\d+(?:\.\d+)?)\s*s?\]")

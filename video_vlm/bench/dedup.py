@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_pairs', 'moving_discs', 'make_pairs', 'ratio', 'score_pairs', 'measure_pairs', 'wholeclip_hash',
            'wholeclip_figures', 'index_figures', 'families', 'leave_one_out', 'synthetic', 'scale_run',
-           'incremental_figures', 'scale_figures', 'scale_sizes', 'run']
+           'incremental_figures', 'beyond_edits', 'embedding_figures', 'scale_figures', 'scale_sizes', 'run']
 
 # %% ../../nbs/benchmarks/dedup.ipynb #cd14bacc
 import csv, math, os, resource, sys, tempfile, time
@@ -14,9 +14,9 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
-from ..data import VideoVLMError, write_video
-from ..dedup import (MIRROR, DedupConfig, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, frame_hashes, hamming, hash_words,
-                             index_words, lookup, pick_words, signature, _publish, _segments, _write_segment)
+from ..data import MediaError, VideoVLMError, probe, read_small, write_video
+from ..dedup import (MIRROR, DedupConfig, Signature, align_hashes, align_vectors, candidates, candidates_on_disk, cluster, compare, frame_hashes, hamming, hash_words,
+                             index_words, look_times, lookup, pick_words, see, signature, tower_embedding, _publish, _segments, _write_segment)
 
 # %% ../../nbs/benchmarks/dedup.ipynb #bf4d9275
 def read_pairs(path) -> list:
@@ -202,6 +202,39 @@ def incremental_figures(cfg:DedupConfig=DedupConfig(), large:int=100_000, new:in
     (small, _), (big, recall) = _grown(new, new, cfg), _grown(large, new, cfg)
     return dict(incremental=dict(new=new, onto=[new, large], cpu_seconds=[round(small, 2), round(big, 2)], recall=round(recall, 4)), incremental_ratio=round(big/small, 2))
 
+# %% ../../nbs/benchmarks/dedup.ipynb #83847ee0
+def beyond_edits(path, out, seconds:float=10., width:int=256) -> dict:
+    "Edits that a comparison of pictures does not try: {kind: file} of the first `seconds` of a video, written to `out`."
+    import cv2
+    p = probe(path); h = round(width*p.height/p.width/2)*2; stem, t = Path(path).stem, np.arange(0, min(p.duration, seconds)-.05, .1)
+    x = np.stack([cv2.resize(f, (width, h)) for f in read_small(path, t, width)]); mid = (width/2, h/2)
+    turn = lambda a: [cv2.warpAffine(f, cv2.getRotationMatrix2D(mid, a, 1.5), (width, h)) for f in x]
+    corners, seen = np.float32([[0, 0], [width, 0], [width, h], [0, h]]), np.float32([[.12*width, .1*h], [.95*width, 0], [.85*width, .95*h], [0, .9*h]])
+    edges = lambda f: cv2.cvtColor(255-cv2.Canny(cv2.GaussianBlur(f, (3, 3), 0), 60, 140), cv2.COLOR_GRAY2RGB)
+    made = dict(turned_20=turn(20), turned_45=turn(45), screen=[cv2.warpPerspective(f, cv2.getPerspectiveTransform(corners, seen), (width, h), borderValue=(40, 30, 20)) for f in x],
+                twice_as_fast=x, few_colours=x//85*85, negative=255-x, drawing=[edges(f) for f in x])
+    return {k: write_video(Path(out)/f"{stem}__{k}.mp4", np.stack(f), fps=20 if k == "twice_as_fast" else 10, crf=26) for k, f in made.items()}
+
+# %% ../../nbs/benchmarks/dedup.ipynb #5382e46c
+def embedding_figures(rows, root, embed, cfg:DedupConfig=DedupConfig(), videos:int=10) -> dict:
+    "What `embed` finds beyond the pictures, and whom it accuses: labelled pairs, edits of `videos` of their videos, and strangers among these."
+    group = {r["file_a"]: f for r, f in zip(rows, families(rows)) if r["is_duplicate"]}; firsts = {}
+    for f in sorted(group): firsts.setdefault(group[f], f)
+    bases = [Path(root)/f for f in list(firsts.values())[:videos]]
+    def look(path): t = look_times(probe(path).duration, cfg.embed_fps, cfg.embed_frames); return see(read_small(path, t, getattr(embed, "size", 224)), t, embed)
+    with tempfile.TemporaryDirectory() as d:
+        made = {b: beyond_edits(b, d) for b in bases}; labelled = sorted({Path(root)/r[k] for r in rows for k in ("file_a", "file_b")}); seen = {}
+        for f in {*labelled, *bases, *(f for m in made.values() for f in m.values())}:
+            try: seen[f] = look(f)
+            except MediaError: pass
+        sigs = {f: signature(f, cfg) for b, m in made.items() for f in (b, *m.values())}
+    centre = np.mean([s.vectors.astype(np.float32).mean(0) for s in seen.values()], axis=0); agree = lambda a, b: align_vectors(seen[a], seen[b], centre, cfg)
+    kinds = {k: dict(n=len(bases), pictures=sum(p := [compare(sigs[b], sigs[m[k]], cfg).is_duplicate for b, m in made.items()]), both=sum(x or agree(b, m[k]).is_duplicate for x, (b, m) in zip(p, made.items()))) for k in next(iter(made.values()))}
+    pairs = [(Path(root)/r["file_a"], Path(root)/r["file_b"], r["is_duplicate"]) for r in rows]; judged = [(dup, agree(a, b)) for a, b, dup in pairs if a in seen and b in seen]
+    strangers = [agree(p, q) for i, b in enumerate(bases) for c in bases[:i] for p in made[b].values() for q in made[c].values()] + [m for dup, m in judged if not dup]
+    return dict(embedding=dict(name=embed.name, beyond=kinds, labelled_alone=ratio(sum(m.is_duplicate for dup, m in judged if dup), sum(dup for dup, _ in judged)), strangers=len(strangers), highest_stranger=round(max((m.score for m in strangers), default=0.), 3)),
+                beyond_pictures=ratio(sum(k["pictures"] for k in kinds.values()), sum(k["n"] for k in kinds.values())), beyond_both=ratio(sum(k["both"] for k in kinds.values()), sum(k["n"] for k in kinds.values())), embedding_accused=sum(m.is_duplicate for m in strangers))
+
 # %% ../../nbs/benchmarks/dedup.ipynb #875fce46
 def _peak_mb():
     "MiB at the peak of this process; `ru_maxrss` would count its parent's as well, so Linux is asked elsewhere."
@@ -228,8 +261,15 @@ def scale_sizes(scale, quick) -> tuple:
     try: return tuple(int(float(x)) for x in str(scale).split(",") if x.strip())
     except ValueError: raise VideoVLMError(f"scale: expected sizes such as 1e4,1e5,1e6, not {scale!r}") from None
 
-def run(quick:bool=False, pairs:str=None, videos:str=None, scale:str=None) -> dict:
-    "The figures of `video-vlm bench dedup`. `pairs`: labelled CSV; `videos`: folder that its paths start from; `scale`: see `scale_sizes`; `quick` stops it at 2e4 signatures."
+def _embedding_of(model):
+    "`embed` of a preset's checkpoint or a checkpoint folder."
+    from video_vlm.model import load_model
+    from video_vlm.pretrain import checkpoint_folder
+    e = load_model(checkpoint_folder(model) if model in ("tiny", "smol") else model, device="cpu")[0].encoder
+    return tower_embedding(e.tower, e.size, f"{Path(model).name}:{e.fingerprint[:12]}")
+
+def run(quick:bool=False, pairs:str=None, videos:str=None, scale:str=None, embed:str=None) -> dict:
+    "The figures of `video-vlm bench dedup`. `pairs`: labelled CSV; `videos`: folder that its paths start from; `scale`: see `scale_sizes`; `embed`: checkpoint whose tower is measured as the second signal; `quick` stops it at 2e4 signatures."
     here = next((p/"shared"/"data" for p in (Path.cwd(), *Path.cwd().parents) if (p/"shared"/"data"/"neardup"/"pairs.csv").is_file()), None)
     cfg, workers, note = DedupConfig(progress=False), min(os.cpu_count() or 1, 8), None
     with tempfile.TemporaryDirectory() as d:
@@ -239,6 +279,7 @@ def run(quick:bool=False, pairs:str=None, videos:str=None, scale:str=None) -> di
             root = Path(videos) if videos else next((r for r in (pairs.parent, pairs.parent.parent) if (r/rows[0]["file_a"]).exists()), pairs.parent)
         figures, matches, sigs = measure_pairs(rows, root, cfg, workers)
         figures.update(wholeclip_figures(rows, sigs)); figures.update(index_figures(rows, sigs, cfg)); figures.update(leave_one_out(rows, matches, cfg)); figures["pairs"] = len(rows)
+        if embed: figures.update(embedding_figures(rows, root, _embedding_of(embed), cfg, 2 if quick else 10))
     if note: figures["note"] = note
     if sizes := scale_sizes(scale, quick): figures.update(scale_figures(sizes, cfg)); figures.update(incremental_figures(cfg, 10_000 if quick else 100_000))
     return figures
