@@ -131,6 +131,34 @@ def test_retrieval_and_ties(name):
 
 
 @needs_bench
+def test_published_answers_get_the_official_scores_in_a_run_too(tmp_path):
+    "Windows, saliency and similarities that others published, given as a model's answers: the run's figures, and those of the file it leaves, are the official ones."
+    d = BENCH / "qvhighlights"; said = {r["qid"]: r for r in bm.read_rows(d / "sample_val_preds.jsonl")}
+    task = bm.load_task("qvhighlights", d / "highlight_val_release.jsonl"); task = bm.replace(task, items=tuple(i for i in task.items if int(i.id) in said))
+    run = run_task(task, lambda i, p: json.dumps({"windows": said[int(i.id)]["pred_relevant_windows"], "saliency": said[int(i.id)]["pred_saliency_scores"]}), tmp_path / "qv")
+    again = bm.score_file("qvhighlights", d / "highlight_val_release.jsonl", tmp_path / "qv/submission.jsonl")
+    ref = {k: v for k, v in load("qvhighlights/sample_val_preds.scores.json").items() if k in again}
+    assert len(said) == len(run.predictions) and again == run.summary["official"] and close(run.summary["official"], ref) > 20
+    d = BENCH / "msrvtt_retrieval"; sim = np.load(d / "msrvtt120_ties.sim.npz")["sim"]; task = bm.load_task("msrvtt_retrieval", d / "msrvtt_jsfusion_1kA_test.csv")
+    at = {i.id: n for n, i in enumerate(task.items)}
+    run = run_task(bm.replace(task, items=task.items[:len(sim)]), lambda i, p: json.dumps(sim[:, at[i.id]].tolist()) if len(p.split("\n")) == len(sim) else "", tmp_path / "ret")
+    ref = load("msrvtt_retrieval/msrvtt120_ties.scores.json")
+    assert close(run.summary["official"], {k: ref[k] for k in ("text_to_video", "video_to_text")}) == 40 and run.summary["official"]["brief"]["T2V R1"] == ref["text_to_video"]["clip4clip"]["R1"]
+    assert run.summary["accuracy"] == pytest.approx(ref["text_to_video"]["tie_free"]["pessimistic"]["R1"]) and "rank" in run.predictions[0].answer
+
+
+@needs_bench
+@needs_java
+@pytest.mark.slow
+def test_published_events_get_the_official_scores_in_a_run_too(tmp_path):
+    d = BENCH / "activitynet_captions"; said = load("activitynet_captions/val60.submission.json")["results"]
+    run = run_task(bm.load_task("activitynet_captions", d / "val60.ref_val_1.json"), lambda i, p: json.dumps(said.get(i.id, [])), tmp_path / "dense")
+    ref = load("activitynet_captions/val60.scores.json")["refs=val_1"]
+    assert close(run.summary["official"], ref) == 9 * 5
+    assert json.loads((tmp_path / "dense/submission.json").read_text())["results"].keys() >= {i for i in said if said[i]}
+
+
+@needs_bench
 def test_pope():
     d = BENCH / "pope"
     ours = bm.score_file("pope", d / "coco_pope_random.jsonl", d / "coco_random_answers.jsonl")
@@ -178,7 +206,8 @@ def test_xstest():
 @pytest.mark.parametrize("name,data,n", [("mvbench", "mvbench/json", 4000), ("nextqa", "nextqa/val.csv", 4996), ("activitynet_qa", "activitynet_qa/val_q.json", 18000),
     ("tempcompass", "tempcompass/questions_multi-choice.json", 1580), ("tempcompass", "tempcompass/questions_yes_no.json", 2453),
     ("tempcompass", "tempcompass/questions_caption_matching.json", 1503), ("charades_sta", "charades_sta/charades_sta_test.txt", 3720),
-    ("pope", "pope/coco_pope_random.jsonl", 3000), ("xstest", "xstest/xstest_prompts.csv", 450), ("captioning", "captioning/msvd_val_human.refs.json", 100)])
+    ("pope", "pope/coco_pope_random.jsonl", 3000), ("xstest", "xstest/xstest_prompts.csv", 450), ("captioning", "captioning/msvd_val_human.refs.json", 100),
+    ("qvhighlights", "qvhighlights/highlight_val_release.jsonl", 1550), ("activitynet_captions", "activitynet_captions/val60.ref_val_1.json", 60), ("msrvtt_retrieval", "msrvtt_retrieval/msrvtt_jsfusion_1kA_test.csv", 1000)])
 def test_published_annotation_files_load(name, data, n):
     task = bm.load_task(name, BENCH / data)
     assert len(task.items) == n and all(task.prompt(i) for i in task.items[:50])

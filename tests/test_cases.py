@@ -93,7 +93,7 @@ def test_what_the_server_stored_says_what_is_far(place, tmp_path, say, monkeypat
             h.client().chat.completions.create(model="video-vlm", messages=user("What is it?", id), max_tokens=2, store=True)
     def refuse(*a, **k): raise AssertionError("decoded")
     monkeypatch.setattr(C, "read_frames_safely", refuse)                                       # what is stored is not decoded
-    code, out = say("flywheel", "mine", folder, "--train", tmp_path/"learnt", "--out", tmp_path/"m", "--budget", 2); assert code == 0 and "1 far from training" in out, out
+    code, out = say("flywheel", "mine", folder, "--train", tmp_path/"learnt", "--out", tmp_path/"m", "--budget", 2); assert code == 0 and "1 requests far from training" in out, out
     cases = [json.loads(l) for l in (tmp_path/"m/cases.jsonl").read_text().splitlines()]; assert {c["row"]["video"] for c in cases} == {content_id(f) for f in files}
     assert all(len(c["row"]["encoder"]) == 16 and (folder/"tokens/entries"/c["row"]["tokens"][:2]/f"{c['row']['tokens']}.safetensors").exists() for c in cases)
     rows, train = C.log_rows(folder), tmp_path/"learnt/03"; before, _ = C.clip_vectors(rows, C.kept_videos(folder), train, folder/"tokens", tmp_path/"own", progress=False)

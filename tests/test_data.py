@@ -10,7 +10,7 @@ import pytest
 from video_vlm import data
 from video_vlm.data import (IngestConfig, Limits, MediaError, REASONS, Sample, VideoVLMError, as_of, add_text, caption_clips, chat, content_id, fetch_url, ingest,
                             isolated, load_clips, load_samples, open_stage, probe, public_address, read_annotations, read_small, save_samples, tiny_clips,
-                            training_clips, transcribe, whisper, write_video)
+                            sphinx, training_clips, transcribe, whisper, write_video)
 
 SHARED = Path(__file__).parents[2]/"shared"/"data"
 QUIET = IngestConfig(progress=False, workers=2)
@@ -119,6 +119,29 @@ def test_datasets_rows(clips, tmp_path):
     assert {c.captions[0]["text"] for c in load_clips(ingest(d, tmp_path/"out", QUIET))} == {c.stem for c in clips}
     d = d.cast_column("video", datasets.Video()); assert len(load_clips(ingest(d, tmp_path/"out2", QUIET))) == 2, "a column of videos is not decoded by `datasets`"
 
+def test_a_recogniser_hears_a_real_video(shared_data, tmp_path):
+    pytest.importorskip("pocketsphinx"); v = [shared_data/n for n in ("speech/video_harvard_snowdogs.avi", "videos/earth_night.mp4", "videos/bikes.mp4")]
+    st = ingest([str(p) for p in v], tmp_path/"o", QUIET); assert transcribe(st, sphinx(), "pocketsphinx:en-us", progress=False) == dict(no_audio=1, transcribed=2)
+    said = {Path(c.uri).name: c.transcript for c in load_clips(st)}; heard = said["video_harvard_snowdogs.avi"]; truth = "the child almost hurt the small dog".split()
+    assert len(heard) == 7 and sum(s["text"] == t for s, t in zip(heard, truth)) >= 5 and {s["by"] for s in heard} == {"pocketsphinx:en-us"} and all(s["known_at"] for s in heard)
+    assert abs(heard[0]["start"]-2.) < .4 and abs(heard[-1]["end"]-4.87) < .4, "two seconds of silence come first"
+    assert said["earth_night.mp4"] == said["bikes.mp4"] == [], "a silent track, and none"
+    assert transcribe(st, sphinx(), "pocketsphinx:en-us", progress=False)["had"] == 1
+
+def test_data_sets_by_name(clips, tmp_path):
+    datasets = pytest.importorskip("datasets"); caption = lambda st: {c.id: c.captions[0]["text"] for c in load_clips(st)}; want = {content_id(c): c.stem for c in clips}
+    d = datasets.Dataset.from_list([dict(video=str(c), caption=c.stem) for c in clips]); d.save_to_disk(tmp_path/"plain")
+    datasets.DatasetDict(train=d.select([0]), test=d.select([1])).save_to_disk(tmp_path/"split")
+    bytes_ = datasets.Dataset.from_list([dict(video=dict(bytes=c.read_bytes(), path=None), caption=c.stem, licence="CC0-1.0") for c in clips]); (tmp_path/"pq").mkdir(); bytes_.to_parquet(tmp_path/"pq"/"a.parquet")
+    for k, source in enumerate((tmp_path/"plain", tmp_path/"split", tmp_path/"pq"/"a.parquet", str(tmp_path/"pq"/"*.parquet"), [str(tmp_path/"pq"/"a.parquet")])): assert caption(ingest(source, tmp_path/f"o{k}", QUIET)) == want, source
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path/"o2"/"media").iterdir()}; manifest = (tmp_path/"o2"/"manifest.json").stat().st_mtime_ns
+    ingest(tmp_path/"pq"/"a.parquet", tmp_path/"o2", QUIET); assert {f: f.stat().st_mtime_ns for f in (tmp_path/"o2"/"media").iterdir()} == before and (tmp_path/"o2"/"manifest.json").stat().st_mtime_ns == manifest
+    (tmp_path/"bad.parquet").write_bytes(b"no"); (tmp_path/"half").mkdir(); (tmp_path/"half"/"dataset_info.json").write_text("{}")
+    for bad in (tmp_path/"bad.parquet", tmp_path/"half", "hf:nobody/nothing:train", "hf:"):
+        with pytest.raises(VideoVLMError, match="no data set"): ingest(bad, tmp_path/"p", QUIET)
+    datasets.Dataset.from_list([dict(picture="x")]).to_parquet(tmp_path/"other.parquet")
+    with pytest.raises(VideoVLMError, match="a row has no video"): ingest(tmp_path/"other.parquet", tmp_path/"p", QUIET)
+
 def test_no_videos(tmp_path):
     (tmp_path/"e").mkdir()
     with pytest.raises(VideoVLMError, match="no videos"): ingest(tmp_path/"e", tmp_path/"out", QUIET)
@@ -169,6 +192,8 @@ def test_nothing_later_is_shown(clips, tmp_path):
     c, = load_clips(stage, day="2024-12-31")
     assert [t["text"] for t in c.captions] == ["old"] and [s["text"] for s in c.transcript] == ["hm"]
     assert len(load_clips(stage)) == 2 and as_of([Sample("1", [], created_at="2025-01-01")], "2024-12-31") == []
+    for bad in ("soon", "2024-13-01", "2024-1-1", "", "2024-01-01T00:00:00"):
+        with pytest.raises(VideoVLMError, match="ISO date"): as_of([], bad)
 
 def test_transcripts_and_synthetic_captions(clips, tmp_path):
     stage = ingest(tmp_path/"clips", tmp_path/"out", QUIET)

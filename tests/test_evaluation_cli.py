@@ -96,11 +96,12 @@ def test_dry_run_and_list_load_nothing(rows, tmp_path, capsys):
 @pytest.mark.parametrize("words,says", [((), "--task NAME"), (("--task", "rows", "--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"), (("--task", "mvbnech", "--data", "DATA"), "there is no benchmark 'mvbnech'"),
     (("--task", "rows", "--data", "DATA", "--videos", "nowhere"), "nowhere does not exist"), (("--task", "rows", "--data", "DATA", "--videos", "EMPTY"), "none of the 25 clips"), (("--task", "mvbench", "--data", "DATA"), "has no"),
     (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--endpoint", "http://127.0.0.1:9/v1"), "nobody answers"), (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--train", "EMPTY"), "says nothing about training"),
-    (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--against", "EMPTY"), "no finished run"), (("--task", "qvhighlights", "--data", "DATA"), "not answered with text"),
+    (("--task", "rows", "--data", "DATA", "--videos", "VIDEOS", "--against", "EMPTY"), "no finished run"), (("--task", "qvhighlights", "--data", "DATA"), "has no qid"), (("--task", "activitynet_captions", "--data", "DATA"), "has no timestamps"), (("--task", "msrvtt_retrieval", "--data", "DATA"), "has no video_id"),
+    (("--task", "msrvtt_retrieval", "--data", "PAIRS", "--videos", "VIDEOS", "--endpoint", "SERVER"), "only a checkpoint of ours"),
     (("--task", "mlvu", "--data", "DATA", "--predictions", "DATA"), "no file format for answers"), (("--task", "pope", "--data", "DATA", "--predictions", "nowhere"), "nowhere does not exist"), (("--task", "qvhighlights", "--data", "DATA", "--predictions", "DATA"), "not in the format of qvhighlights")])
-def test_every_mistake_is_one_line(words, says, rows, tmp_path, capsys):
-    data, videos, _ = rows; (tmp_path / "empty").mkdir()
-    put = {"DATA": data, "VIDEOS": videos, "EMPTY": tmp_path / "empty"}
+def test_every_mistake_is_one_line(words, says, rows, server, tmp_path, capsys):
+    data, videos, names = rows; (tmp_path / "empty").mkdir(); (tmp_path / "pairs.csv").write_text(f"video_id,sentence\n{names[0]},a circle\n")
+    put = {"DATA": data, "VIDEOS": videos, "EMPTY": tmp_path / "empty", "PAIRS": tmp_path / "pairs.csv", "SERVER": server[0]}
     code, out, err = command("eval", *[put.get(w, w) for w in words], "--out", tmp_path / "run", capsys=capsys)
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
 
@@ -110,6 +111,37 @@ def test_answers_that_are_there_are_scored_by_the_official_rules(tmp_path, capsy
     (tmp_path / "said.jsonl").write_text("".join(json.dumps({"question": "Is there a cat?", "answer": "Yes." if i < 30 else "No."}) + "\n" for i in range(40)))
     code, out, _ = command("eval", "--task", "pope", "--data", tmp_path / "pope.jsonl", "--predictions", tmp_path / "said.jsonl", "--out", tmp_path / "s", capsys=capsys)
     assert code == 0 and "scores.json" in out and json.loads((tmp_path / "s/scores.json").read_text())["scores"] and "0.5000" in out, out
+
+
+@pytest.fixture
+def published(tmp_path):
+    "Four generated clips, one of them missing, with annotation in the formats of MSR-VTT 1k-A, QVHighlights and ActivityNet Captions."
+    from video_vlm.world import captions, make_scene, phrase, render
+    scenes = [make_scene(71_000_000 + k, "easy") for k in range(4)]; (tmp_path / "clips").mkdir()
+    for k, s in enumerate(scenes[:3]): write_video(tmp_path / "clips" / f"video{k}.mp4", *render(s, (128, 96)))
+    (tmp_path / "pairs.csv").write_text("key,vid_key,video_id,sentence\n" + "".join(f'ret{k},msr{k},video{k},"{captions(s)[-1]}"\n' for k, s in enumerate(scenes)))
+    event = lambda k, s: dict(qid=k, query=phrase(s, s.events[0]), duration=4, vid=f"video{k}", relevant_windows=[[s.events[0].start, s.events[0].end]], relevant_clip_ids=[int(s.events[0].start / 2)], saliency_scores=[[4, 3, 4]])
+    (tmp_path / "moments.jsonl").write_text("".join(json.dumps(event(k, s)) + "\n" for k, s in enumerate(scenes)))
+    (tmp_path / "events.json").write_text(json.dumps({f"video{k}": dict(duration=s.seconds, timestamps=[[e.start, e.end] for e in s.events], sentences=[phrase(s, e) for e in s.events]) for k, s in enumerate(scenes)}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("task,data,left,figure", [("msrvtt_retrieval", "pairs.csv", "similarity.npz", "T2V R1"), ("qvhighlights", "moments.jsonl", "submission.jsonl", "MR-full-mAP"), pytest.param("activitynet_captions", "events.json", "submission.json", "Recall", marks=pytest.mark.slow)])
+def test_our_model_gives_more_than_words(task, data, left, figure, published, capsys):
+    "Windows, events and similarities of the packaged checkpoint: scored by the official rules, left as a submission with the same scores, kept for the next run; a missing clip costs its own answer."
+    words = ("eval", "--task", task, "--data", published / data, "--videos", published / "clips", "--model", "tiny", "--out", published / "run")
+    code, out, err = command(*words, capsys=capsys); assert code == 0 and "4 asked now, 1 errors" in out and f"official {figure}" in out, err
+    run = load_run(published / "run"); assert (published / "run" / left).exists() and run.predictions[0].answer[:4] in ("rank", "from") and run.predictions[3].error == "missing"
+    code, again, _ = command("eval", "--task", task, "--data", published / data, "--predictions", published / "run" / left, "--out", published / "again", capsys=capsys)
+    told = json.loads((published / "again/scores.json").read_text())["scores"]; assert code == 0 and {k: run.summary["official"][k] for k in told} == told
+    code, out, _ = command(*words, capsys=capsys); assert code == 0 and "1 asked now" in out
+    code, out, _ = command(*words[:-1], published / "blind", "--blind", capsys=capsys); assert code == 0 and "0 errors" in out
+
+
+def test_a_model_that_only_talks_is_asked_in_words(published, server, capsys):
+    url, asked = server
+    code, out, err = command("eval", "--task", "qvhighlights", "--data", published / "moments.jsonl", "--videos", published / "clips", "--endpoint", url, "--out", published / "run", capsys=capsys)
+    assert code == 0 and "When does this happen" in asked[0]["messages"][0]["content"][-1]["text"] and "official MR-full-mAP          0.0000" in out, err + out
 
 
 def test_a_run_is_not_compared_with_itself(rows, tmp_path, capsys):

@@ -7,14 +7,14 @@ import pytest
 from test_training import finish, losses, start
 from typer.testing import CliRunner
 from video_vlm.cli import app
-from video_vlm.data import IngestConfig, Sample, VideoVLMError, chat, ingest, load_clips, load_samples, save_samples
+from video_vlm.data import IngestConfig, Sample, VideoVLMError, add_text, chat, ingest, load_clips, load_samples, save_samples, utc_now
 from video_vlm.dedup import DedupConfig, dedup
 from video_vlm.filters import FilterConfig, Rule, filter_clips, load_refused
 from video_vlm.launch import Assumptions, Job, capacity, capacity_table, clip_set, encode_missing, estimate, launch, model_of, not_taken, prepare, show_plan, stage_clips, with_speech, worker
 from video_vlm.model import base, large
 from video_vlm.scale import encode_clips
 from video_vlm.splits import SplitConfig, split
-from video_vlm.training import TrainingError, instruct, without_video
+from video_vlm.training import DataChanged, TrainingError, begin, instruct, without_video
 from video_vlm.world import WorldConfig, write_world
 
 QUICK = dict(clips=2, questions=2, lora_rank=2, save_every=2)
@@ -64,6 +64,27 @@ def test_what_is_said_in_a_clip_is_trained_on(stage, tmp_path):
     assert len(heard) == 1 and texts(heard[0])[0] == "Transcript: 0.2s look at the ring\n" and len(texts(heard[0])) == 2 and all(len(texts(i)) == 1 for i in clips if i not in heard)
     span = with_speech(Sample("s", chat("v", "q?", "a", 4., 6.)), [dict(start=a, end=a+1., text=t*1000) for a, t in ((0., "x"), (4., "a"), (5., "b"), (5.5, "c"))])
     assert span.messages[0]["content"][1]["text"] == f"Transcript: 4.0s {'a'*1000} 5.0s {'b'*1000}\n" and with_speech(span, [dict(start=4., end=5., text="no")]) == span
+
+def test_a_run_as_of_a_day_takes_what_was_known_then(stage, tmp_path):
+    write_world(tmp_path/"videos", WorldConfig(n=3, level="easy", size=64), workers=1, progress=False); f = tmp_path/"videos"/"annotations.jsonl"
+    rows = [json.loads(l) for l in f.read_text().splitlines()]; f.write_text("".join(json.dumps({**r, "created_at": "2024-01-05" if i % 2 else "2024-03-01"})+"\n" for i, r in enumerate(rows)))
+    st = ingest(tmp_path/"videos", tmp_path/"00_ingest", IngestConfig(progress=False, collected_at="2024-01-02")); ids = [c.id for c in load_clips(st)]
+    add_text(st, [dict(id=ids[0], start=0., end=1., text="said", by="asr", known_at="2024-01-03"), dict(id=ids[0], start=1., end=2., text="heard later", by="asr", known_at="2024-05-01")])
+    save_samples([replace(without_video(load_samples(st)[0]), id="d", created_at=""), replace(without_video(load_samples(st)[0]), id="e", created_at="2023-01-01")], tmp_path/"chat.jsonl")
+    paths = [st, tmp_path/"chat.jsonl"]; clips, samples, plain = stage_clips(paths, day="2024-02-01"); every = stage_clips(paths)[1]
+    assert {s.created_at for v in samples.values() for s in v} == {"2024-01-05"} and {s.created_at for v in every.values() for s in v} == {"2024-01-05", "2024-03-01"}
+    assert [s.id for e in plain for s in e] == ["e"] and "heard later" not in str(samples) and "said" in str(samples.get(ids[0], "said"))
+    assert not_taken(paths, "2024-01-01") == {"not known on 2024-01-01": 3} and not_taken(paths, "2024-01-02") == {}
+    with pytest.raises(VideoVLMError, match="nothing to train on"): stage_clips([st], day="2024-01-01")
+    with pytest.raises(VideoVLMError, match="ISO date"): stage_clips(paths, day="soon")
+
+def test_the_recipe_records_the_day_and_a_run_keeps_it(stage, tmp_path):
+    model, processor = model_of("tiny"); day = utc_now()[:10]; j = job(stage, tmp_path/"o", recipe=dict(as_of=day)); (tmp_path/"o").mkdir(); begin(j.recipe, clip_set(j, processor, model.encoder), tmp_path/"o")
+    assert json.loads((tmp_path/"o"/"run.json").read_text())["recipe"]["as_of"] == day
+    for other in ("", "2099-01-01"):
+        with pytest.raises(DataChanged, match="another recipe"): begin(replace(j.recipe, as_of=other), clip_set(replace(j, recipe=replace(j.recipe, as_of=other)), processor, model.encoder), tmp_path/"o")
+    plan = CliRunner().invoke(app, ["train", "--data", str(stage/"00_ingest"), "--out", str(tmp_path/"p"), "--tracker", "none", "--dry-run", "--as-of", day]); assert f"known on {day}" in plan.output, plan.output
+    for bad in ("soon", "2024-13-01", "2024-1-1"): assert "ISO date" in str(CliRunner().invoke(app, ["train", "--data", str(stage/"00_ingest"), "--out", str(tmp_path/"p"), "--as-of", bad]).exception)
 
 def test_tokens_of_encode_are_found_and_nothing_is_encoded_again(stage, tmp_path):
     model, processor = model_of("tiny"); model.encoder.save_pretrained(tmp_path/"03_tokens"/"encoder"); ingested = stage/"00_ingest"

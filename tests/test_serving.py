@@ -190,6 +190,8 @@ def test_core_is_killed_and_comes_back(ckpt):
     import psutil
     async def go():
         engine = await VLLMEngine(EngineConfig(ckpt, kv_cache_bytes=64 << 20)).start()
+        for q in ("What moves?", "Who?"): await collect(engine, Request(chat(q), (fake_tokens(6, seed=3),), max_tokens=2))
+        warm = engine.stats()["caches"]
         stream = engine.generate(Request(chat("x", 0), max_tokens=1500, ignore_eos=True))
         await stream.__anext__()
         core = next(p for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name())
@@ -201,7 +203,10 @@ def test_core_is_killed_and_comes_back(ckpt):
         until = time.time() + 500
         while not (engine.ready and engine.restarts) and time.time() < until: await asyncio.sleep(.5)
         got = await collect(engine, Request(chat("x", 0), max_tokens=4, ignore_eos=True))
+        await collect(engine, Request(chat("Who?"), (fake_tokens(6, seed=3),), max_tokens=2))
         await engine.stop()
-        return seen, got
-    seen, got = asyncio.run(go())
+        return seen, got, warm, engine.stats()["caches"]
+    seen, got, warm, then = asyncio.run(go())
     assert seen < 30 and len(got[1]) == 4
+    assert warm["processor"] == (2, 1) and warm["prefix"][1] >= 96 and warm["prefix"][0] > warm["prefix"][1], warm       # the second question found the video twice
+    assert then["processor"][0] == 3 and then["processor"][1] <= 2 and then["prefix"][0] > warm["prefix"][0], (warm, then)         # and the counts outlive the core

@@ -1,13 +1,14 @@
 "Splits: stable, disjoint, audited; planted leaks are found; benchmarks are taken out."
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
 from video_vlm.bench.dedup import moving_discs
 from video_vlm.data import Clip, IngestConfig, VideoVLMError, ingest, load_clips, open_stage, write_video
 from video_vlm.dedup import DedupConfig, dedup, load_clusters
 from video_vlm.filters import FilterConfig, Rule, filter_clips
-from video_vlm.splits import (Leak, SplitConfig, assign, atoms, audit, audit_clips, benchmark_texts, decontaminate, load_removed, load_splits, side, split, text_overlap, unit_hash, _place, _spare)
+from video_vlm.splits import (Leak, SplitConfig, assign, atoms, audit, audit_clips, benchmark_texts, decontaminate, check_columns, load_removed, load_splits, side, split, text_overlap, unit_hash, _place, _spare)
 
 CFG = DedupConfig(progress=False, workers=1)
 def clip(i, **kw): return Clip(id=f"{i:05d}", uri=f"{i}.mp4", duration=4., **kw)
@@ -42,6 +43,14 @@ def test_by_time_puts_the_newest_into_test():
 def test_stratified_is_closer_than_chance():
     c = [clip(i, flags=[f"k={'a' if i % 5 else 'b'}"]) for i in range(400)]; s = assign(c, alone(c), SplitConfig(stratify=("k",)))
     rare = [s[k.id] for k in c if k.flags == ["k=b"]]; assert abs(rare.count("train")/len(rare)-.7) < .12
+
+def test_a_column_that_is_none_is_refused():
+    c = [replace(clip(i, codec="h264" if i % 5 else "vp9", flags=[f"k={i % 2}"]), duration=float(2**(i % 3))) for i in range(300)]; check_columns(c, ("codec", "k", "duration"))
+    for bad in ("mood", "captions", "id", ""):
+        with pytest.raises(VideoVLMError, match="no clip has a column .*codec"): check_columns(c, (bad,))
+    s = assign(c, alone(c), SplitConfig(stratify=("codec", "duration"))); share = lambda f: [np.mean([f(k) for k in c if s[k.id] == n]) for n in ("train", "val", "test")]
+    assert np.ptp(share(lambda k: k.codec == "vp9")) < .06 and np.ptp(share(lambda k: k.duration == 4.)) < .06
+    with pytest.raises(VideoVLMError, match="by time"): SplitConfig(stratify=("codec",), by_time=True)
 
 def test_planted_leaks_of_metadata():
     c = [clip(0, creator="x", captions=[dict(text="a dog jumps over the fence")]), clip(1, creator="x"), clip(2, captions=[dict(text="A dog jumps over  the fence")]),
@@ -79,6 +88,17 @@ def test_decontamination(built, tmp_path):
     out = decontaminate(st, de, tmp_path/"out", videos=b, cfg=CFG); name = {c.id: Path(c.uri).name for c in load_clips(st)}
     assert {name[i] for i in load_removed(out)} == {"0.mp4", "0_low.mp4"} and "footage" in (out/"report.md").read_text()
     assert all(load_splits(split(st, de, tmp_path/"s", exclude=out))[i] == "" for i in load_removed(out))
+
+def test_paraphrases_of_the_dedup_stage_are_warned_about(tmp_path):
+    v = tmp_path/"v"; v.mkdir()
+    for k, t in enumerate(("a dog jumps over the fence", "over the fence leaps a dog", "a ship leaves the harbour")): write_video(v/f"{k}.mp4", moving_discs(k+7, seconds=3.), fps=12); (v/f"{k}.txt").write_text(t)
+    st = ingest(v, tmp_path/"00", IngestConfig(progress=False)); means = lambda texts: np.stack([np.eye(2)[int("dog" in t)] for t in texts]); id = {Path(c.uri).stem: c.id for c in load_clips(st)}
+    plain, told = dedup(st, tmp_path/"01", CFG), dedup(st, tmp_path/"02", CFG, embed_text=means)
+    for copies, found in ((plain, {}), (told, dict(caption=1))):
+        out = split(st, copies, tmp_path/f"s{len(found)}"); s = {id["0"]: "train", id["1"]: "test", id["2"]: "val"}
+        import pyarrow as pa, pyarrow.parquet as pq
+        pq.write_table(pa.table(dict(id=list(s), split=list(s.values()), atom=list(s))), out/"splits.parquet")
+        assert (got := audit(st, out, copies)).by_kind == found and got.n_leaks == 0 and (not found or "paraphrase" in got.warnings[0].detail)
 
 def test_one_clip_of_each_cluster_and_it_stays(built, tmp_path):
     d, st, de = built; name = {Path(c.uri).name: c.id for c in load_clips(st)}; one = SplitConfig(copies=False)

@@ -10,15 +10,16 @@ __all__ = ['BENCHMARKS', 'METRICS', 'LETTERS', 'ANET_TYPES', 'QV_THRESHOLDS', 'Q
            'score_nextqa', 'tempcompass_rating', 'score_tempcompass_rows', 'tempcompass_kind', 'score_tempcompass',
            'load_tempcompass', 'score_activitynet_qa_rows', 'score_activitynet_qa', 'load_activitynet_qa', 'load_xqa',
            'judge_prompt', 'parse_judgement', 'judged', 'has_java', 'ptb_tokenize', 'clean_captions', 'Meteor',
-           'caption_scores', 'score_captions', 'load_captions', 'dense_caption_scores', 'score_dense',
-           'retrieval_scores', 'score_retrieval', 'load_retrieval', 'suppress', 'grounding_scores', 'read_charades',
-           'load_charades', 'score_charades', 'average_precision', 'moment_hits', 'highlight_scores',
-           'score_qvhighlights', 'pope_reads', 'pope_scores', 'score_pope', 'load_pope', 'refusal_label',
-           'refusal_scores', 'score_xstest', 'load_xstest', 'calibration', 'moderation_scores', 'load_rows',
-           'load_moments', 'load_task', 'score_file', 'lmms_model']
+           'caption_scores', 'score_captions', 'load_captions', 'dense_caption_scores', 'dense_references',
+           'score_dense', 'read_events', 'load_dense', 'retrieval_scores', 'score_retrieval', 'load_retrieval',
+           'load_msrvtt_retrieval', 'suppress', 'grounding_scores', 'read_windows', 'first_window', 'asked_when',
+           'read_charades', 'load_charades', 'score_charades', 'average_precision', 'moment_hits', 'highlight_scores',
+           'score_qvhighlights', 'load_qvhighlights', 'pope_reads', 'pope_scores', 'score_pope', 'load_pope',
+           'refusal_label', 'refusal_scores', 'score_xstest', 'load_xstest', 'calibration', 'moderation_scores',
+           'load_rows', 'load_moments', 'load_task', 'score_file', 'lmms_model']
 
 # %% ../nbs/07a_benchmarks.ipynb #252b977b
-import csv, functools, json, math, random, re, shutil, string, subprocess
+import csv, functools, io, json, math, random, re, shutil, string, subprocess
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class Benchmark:
     "One published benchmark."
     name:str
     kind:str # choice, open, caption, dense, retrieval, ground, highlight, yesno, refusal
-    load:object=None # (data, videos) -> Task; None where a text answer makes no sense (retrieval)
+    load:object=None # (data, videos) -> Task; None where answers can only be scored
     score:object=None # (data, predictions) -> dict, both paths of files in the official format
     note:str="" # Protocol in one line
     def __post_init__(self):
@@ -515,7 +516,7 @@ def _dense_detection(preds, refs, t):
     "(precision, recall) of the spans of one video: best over annotators, overlap above the threshold."
     prec = rec = 0.
     for r in refs:
-        hit = np.array([[_dense_iou(p["timestamp"], s) > t for s in r["timestamps"]] for p in preds], bool).reshape(len(preds), -1)
+        hit = np.array([[_dense_iou(p["timestamp"], s) > t for s in r["timestamps"]] for p in preds], bool).reshape(len(preds), len(r["timestamps"]))
         if len(preds): prec = max(prec, hit.any(1).mean())
         rec = max(rec, hit.any(0).sum() / len(r["timestamps"]))
     return prec, rec
@@ -549,12 +550,40 @@ def _dense_video(P, R, meteor):
     return {n: float(g) for n, g in zip(names, got)}
 
 # %% ../nbs/07a_benchmarks.ipynb #f9b12db4
+def dense_references(data):
+    "{video: [its annotation by each annotator]} of one reference file, several, or a folder of them (val_1.json and val_2.json)."
+    files = data if isinstance(data, (list, tuple)) else sorted(Path(data).glob("*.json")) if Path(data).is_dir() else [data]
+    refs = [read_rows(f) for f in files]
+    for f, r in zip(files, refs):
+        for v in r if isinstance(r, dict) else [""]: _need(r[v] if v else {}, "timestamps", "sentences", where=f)
+    return {v: [r[v] for r in refs if v in r] for v in dict.fromkeys(v for r in refs for v in r)}
+
 def score_dense(data, predictions, java=None):
-    "ActivityNet Captions from one or several reference files and a submission {'results': {video: [{'sentence','timestamp'}]}}."
-    refs = [read_rows(p) for p in (data if isinstance(data, (list, tuple)) else [data])]
-    sub = read_rows(predictions)["results"]
-    vids = list(dict.fromkeys(v for r in refs for v in r))
-    return metric("activitynet_captions").score([sub.get(v, []) for v in vids], [[r[v] for r in refs if v in r] for v in vids], java=java)
+    "ActivityNet Captions from reference files (see `dense_references`) and a submission {'results': {video: [{'sentence','timestamp'}]}}."
+    refs, sub = dense_references(data), read_rows(predictions)["results"]
+    return metric("activitynet_captions").score([sub.get(v, []) for v in refs], list(refs.values()), java=java)
+
+# %% ../nbs/07a_benchmarks.ipynb #6e74f0f8
+def read_events(text):
+    "[{'sentence', 'timestamp'}] of an answer: JSON of `abilities`, or lines 'from START s to END s: SENTENCE'."
+    try: return [{"sentence": str(e["sentence"]), "timestamp": [float(x) for x in e["timestamp"]]} for e in json.loads(text)]
+    except (ValueError, TypeError, KeyError): lines = [(parse_spans(l), l.split(":", 1)[-1].strip()) for l in text.splitlines() if ":" in l]
+    return [{"sentence": s, "timestamp": list(spans[0])} for spans, s in lines if spans and s]
+
+def load_dense(data, videos=None):
+    "ActivityNet Captions: a video an item; the score is the share of its events whose span an answer overlaps by more than a half. A run writes submission.json in the official format."
+    refs = dense_references(data)
+    told = lambda v: [s.strip() for r in refs[v] for s in r["sentences"]]
+    items = tuple(Item(v, v, find_video(videos, v), "What happens in the video, and when?", told(v), (), "dense") for v in refs)
+    prompt = lambda i: f"{i.question} One event a line, as 'from START s to END s: SENTENCE'."
+    return Task("activitynet_captions", items, prompt, lambda text, i: (float(_dense_detection(read_events(text), refs[i.id], .5)[1]), -1), source=str(data), asks="events", together=functools.partial(_told, refs))
+
+def _told(refs, preds):
+    "The submission, its official scores, and answers that people can read."
+    said = [read_events(p.answer) for p in preds]; got = dense_caption_scores(said, [refs[p.id] for p in preds])
+    lines = [replace(p, answer="\n".join(f"from {e['timestamp'][0]:.1f}s to {e['timestamp'][1]:.1f}s: {e['sentence']}" for e in s) or p.answer) for p, s in zip(preds, said)]
+    sub = {"version": "VERSION 1.0", "results": {p.id: s for p, s in zip(preds, said)}, "external_data": {"used": True, "details": "see manifest.json"}}
+    return lines, {"official": {"brief": {k: v["mean"] for k, v in got.items() if k != "tokenizer"}} | got}, {"submission.json": json.dumps(sub).encode()}
 
 # %% ../nbs/07a_benchmarks.ipynb #91a48394
 @metric_function("msrvtt_retrieval")
@@ -581,7 +610,25 @@ def score_retrieval(data, predictions):
 
 def load_retrieval(data):
     "[(video id, sentence)] of the MSR-VTT 1k-A csv, in order: row i's truth is column i."
-    return [(r["video_id"], r["sentence"]) for r in read_rows(data)]
+    rows = read_rows(data)
+    for n, r in enumerate(rows): _need(r, "video_id", "sentence", where=f"{data}, row {n + 1}")
+    return [(r["video_id"], r["sentence"]) for r in rows]
+
+def load_msrvtt_retrieval(data, videos=None):
+    "MSR-VTT 1k-A: a sentence and its clip an item. Every clip is compared with all sentences of the run (`--limit` makes a smaller gallery); the score is 1 where the right clip comes first for the sentence, ties against us."
+    items = tuple(Item(f"{v}/{n}", v, find_video(videos, v), " ".join(s.split()), v, (), "retrieval") for n, (v, s) in enumerate(load_retrieval(data)))
+    return Task("msrvtt_retrieval", items, score=lambda text, i: (0., -1), source=str(data), asks="matches", in_words=False, together=_retrieved,
+                ask_all=lambda items: ["\n".join(i.question for i in items)] * len(items))
+
+def _retrieved(preds):
+    "Ranks from every clip's list of similarities; a clip without one comes last."
+    sim = np.full((len(preds), len(preds)), -2e4)
+    for j, p in enumerate(preds): sim[:, j] = json.loads(p.answer) if p.answer else sim[:, j]
+    place, names, got = ranks(sim), [p.clip for p in preds], retrieval_scores(sim.tolist())
+    brief = {f"{short} {k}": got[way]["clip4clip"][k] for short, way in (("T2V", "text_to_video"), ("V2T", "video_to_text")) for k in ("R1", "R5", "R10", "MedianR", "MeanR")}
+    said = [replace(p, score=float(r == 1), answer=f"rank {r:.0f} of {len(preds)}; first is {names[i]}") for p, r, i in zip(preds, place, sim.argmax(1))]
+    np.savez_compressed(out := io.BytesIO(), sim=sim)
+    return said, {"official": {"brief": brief} | got}, {"similarity.npz": out.getvalue()}
 
 # %% ../nbs/07a_benchmarks.ipynb #64363557
 def suppress(windows, threshold=.5, top=5):
@@ -607,6 +654,19 @@ def grounding_scores(predictions, references, thresholds=(.3, .5, .7)):
     return {"official_2dtan_no_nms": name(plain), "official_2dtan_after_nms0_5_top5": name(nms), "mIoU_top1": float(first.mean()), "n": len(first),
             "R1_ge": {str(t): float((first >= t).mean()) for t in thresholds}, "R1_gt": {str(t): float((first > t).mean()) for t in thresholds}}
 
+# %% ../nbs/07a_benchmarks.ipynb #071fa03b
+def read_windows(text):
+    "(ranked windows [[start, end, confidence], ...], saliency [nats, one for every two seconds]) of an answer: JSON of `abilities`, or spans in words."
+    try: got = json.loads(text); return [[float(a), float(b), float(c)] for a, b, c in got["windows"]], [float(x) for x in got.get("saliency", ())]
+    except (ValueError, TypeError, KeyError, AttributeError): return [[a, b, 1 / (n + 1)] for n, (a, b) in enumerate(parse_spans(text))], []
+
+def first_window(text, truths):
+    "Overlap of an answer's first window with the best of the true ones, 0..1."
+    found, _ = read_windows(text)
+    return max(float(iou(np.asarray(found[0][:2]), np.asarray(t, float))) for t in truths) if found else 0.
+
+def asked_when(item): return f"When does this happen: {item.question.rstrip('.')}? Answer with 'from START s to END s'."
+
 # %% ../nbs/07a_benchmarks.ipynb #b3c1691d
 def read_charades(path):
     "[(video, (start, end), sentence)] of charades_sta_test.txt."
@@ -618,14 +678,13 @@ def read_charades(path):
     return out
 
 def load_charades(data, videos=None):
-    "Charades-STA: one grounding question per sentence; the score of an answer is the overlap."
-    items = tuple(Item(f"{v}/{n}", v, find_video(videos, v), f"When does this happen: {s.rstrip('.')}? Answer with 'from START s to END s'.", "", (), "ground", span)
-                  for n, (v, span, s) in enumerate(read_charades(data)))
+    "Charades-STA: one grounding question per sentence; the score of an answer is the overlap of its first window."
+    items = tuple(Item(f"{v}/{n}", v, find_video(videos, v), s, "", (), "ground", span) for n, (v, span, s) in enumerate(read_charades(data)))
     by_id = {i.id: i for i in items}
     def aggregate(preds):
-        windows = [[[*s, 1.] for s in parse_spans(p.answer)[:5]] for p in preds]
+        windows = [read_windows(p.answer)[0][:5] for p in preds]
         return summary(preds) | {"official": grounding_scores(windows, [list(by_id[p.id].span) for p in preds])}
-    return Task("charades_sta", items, lambda i: i.question, score_answer, aggregate, str(data))
+    return Task("charades_sta", items, asked_when, lambda text, i: (first_window(text, [i.span]), -1), aggregate, str(data), asks="windows")
 
 def score_charades(data, predictions):
     "From rows {'times' (truth), 'pred': [[start, end, score]]}; without 'times' the rows follow the order of the annotation file."
@@ -728,6 +787,23 @@ def score_qvhighlights(data, predictions, digits=2):
     "QVHighlights from the two jsonl files."
     return metric("qvhighlights").score(read_rows(predictions), read_rows(data), digits=digits)
 
+# %% ../nbs/07a_benchmarks.ipynb #0a2ee3db
+def load_qvhighlights(data, videos=None):
+    "QVHighlights: a query an item; the score is the overlap of the first window with the best true one. Our checkpoints give windows and saliency, others windows in words. A run writes submission.jsonl in the official format."
+    rows = read_rows(data)
+    for n, r in enumerate(rows): _need(r, "qid", "query", "vid", "duration", "relevant_windows", "relevant_clip_ids", "saliency_scores", where=f"{data}, row {n + 1}")
+    gold = {str(r["qid"]): r for r in rows}
+    items = tuple(Item(i, r["vid"], find_video(videos, r["vid"]), r["query"], "", (), "highlight", tuple(r["relevant_windows"][0]), {"duration": r["duration"]}) for i, r in gold.items())
+    return Task("qvhighlights", items, asked_when, lambda text, i: (first_window(text, gold[i.id]["relevant_windows"]), -1), source=str(data), asks="highlights", together=functools.partial(_highlighted, gold))
+
+def _highlighted(gold, preds):
+    "The submission, its official scores, and answers that people can read."
+    read = [read_windows(p.answer) for p in preds]; lit = any(s for _, s in read)
+    row = lambda r, windows, curve: {"qid": r["qid"], "query": r["query"], "vid": r["vid"], "pred_relevant_windows": windows} | ({"pred_saliency_scores": curve or [0.] * max(1, int(r["duration"] / 2))} if lit else {})
+    rows, truth = [row(gold[p.id], *x) for p, x in zip(preds, read)], [gold[p.id] for p in preds]
+    said = [replace(p, answer="; ".join(f"from {a:.1f}s to {b:.1f}s ({c:.2f})" for a, b, c in w[:3]) or p.answer) for p, (w, _) in zip(preds, read)]
+    return said, {"official": highlight_scores(rows, truth)}, {"submission.jsonl": "".join(json.dumps(r) + "\n" for r in rows).encode()}
+
 # %% ../nbs/07a_benchmarks.ipynb #586334d0
 def pope_reads(text):
     "POPE's reading of an answer: 'no' when the first sentence has the word No, no or not, else 'yes'."
@@ -829,15 +905,13 @@ def load_moments(data, videos=None):
     for r in rows:
         _need(r, "file", "queries", where=data)
         for q in r["queries"]:
-            items.append(Item(f"{r['file']}/{len(items)}", r["file"], find_video(videos, r["file"]), f"When does this happen: {q['query'].rstrip('.')}? Answer with 'from START s to END s'.", "", (), "ground", tuple(q["windows"][0])))
+            items.append(Item(f"{r['file']}/{len(items)}", r["file"], find_video(videos, r["file"]), q["query"], "", (), "ground", tuple(q["windows"][0])))
             windows[items[-1].id] = q["windows"]
-    def score(text, item):
-        found = parse_spans(text)
-        return (max(float(iou(found[0], w)) for w in windows[item.id]) if found else 0.), -1
+    def score(text, item): return first_window(text, windows[item.id]), -1
     def aggregate(preds):
         best = [p.score for p in preds]
         return summary(preds) | {"official": {f"r1@{t}": float(np.mean([b >= t for b in best])) for t in (.3, .5, .7)} | {"miou": float(np.mean(best))}}
-    return Task("moments", tuple(items), lambda i: i.question, score, aggregate, str(data))
+    return Task("moments", tuple(items), asked_when, score, aggregate, str(data), asks="windows")
 
 # %% ../nbs/07a_benchmarks.ipynb #e3c5ef71
 for _args in (("mvbench", "choice", load_mvbench, score_mvbench, "first word against '(x)'; an empty answer is right (quirk)"),
@@ -851,10 +925,10 @@ for _args in (("mvbench", "choice", load_mvbench, score_mvbench, "first word aga
     ("msrvtt_qa", "open", functools.partial(load_xqa, name="msrvtt_qa"), None, "exact match, by question word"),
     ("activitynet_qa", "open", load_activitynet_qa, score_activitynet_qa, "exact match; 'Free' keeps the official slip, 'Free_sound' does not"),
     ("captioning", "caption", load_captions, score_captions, "COCO scorer: PTB words, BLEU, METEOR, ROUGE-L, CIDEr-D"),
-    ("activitynet_captions", "dense", None, score_dense, "per video, mean over tIoU 0.3 0.5 0.7 0.9"),
-    ("msrvtt_retrieval", "retrieval", None, score_retrieval, "R@1/5/10, MdR, MnR both ways; ties named"),
+    ("activitynet_captions", "dense", load_dense, score_dense, "per video, mean over tIoU 0.3 0.5 0.7 0.9"),
+    ("msrvtt_retrieval", "retrieval", load_msrvtt_retrieval, score_retrieval, "R@1/5/10, MdR, MnR both ways; ties named"),
     ("charades_sta", "ground", load_charades, score_charades, "R@1/5 strict and >=, mIoU of the first window"),
-    ("qvhighlights", "highlight", None, score_qvhighlights, "mAP, R1, HIT@1 in percent"),
+    ("qvhighlights", "highlight", load_qvhighlights, score_qvhighlights, "mAP, R1, HIT@1 in percent"),
     ("pope", "yesno", load_pope, score_pope, "first sentence; no 'no' means yes"),
     ("xstest", "refusal", load_xstest, score_xstest, "string rule for refusals"),
     ("rows", "own", load_rows, None, "your own questions: video, question, answer, options"),
@@ -868,7 +942,7 @@ def _named(name):
 def load_task(name, data, videos=None):
     "The `Task` of benchmark `name` from its published annotation file or folder; `videos`: folder searched for the clips."
     b = _named(name)
-    if b.load is None: raise BenchmarkError(f"{name} is not answered with text; score a file of answers with score_file (video-vlm eval --predictions FILE)")
+    if b.load is None: raise BenchmarkError(f"{name} cannot be asked here; score a file of answers with score_file (video-vlm eval --predictions FILE)")
     if not Path(data).exists(): raise BenchmarkError(f"there is no annotation file {data}")
     if videos and not Path(videos).is_dir(): raise BenchmarkError(f"there is no folder of videos {videos}")
     return b.load(data, videos)

@@ -17,7 +17,7 @@ from .data import VideoVLMError, atomic_write, content_id, isolated, load_clips,
 from .encoder import VideoEncoder, clip_vector
 from .evaluation import EvaluationConfig, Item, Task, run_task
 from .experiments import read_lines
-from .flywheel import LABEL_CONFIG, Case, FlywheelConfig, FlywheelError, Lineage, RequestLog, agreement, annotator_quality, from_label_studio, mine, next_dataset, pairs_from_edits, settle, to_label_studio, to_samples, usable, with_gold
+from .flywheel import LABEL_CONFIG, Case, FlywheelConfig, FlywheelError, Lineage, RequestLog, agreement, annotator_quality, far_from, from_label_studio, mine, next_dataset, pairs_from_edits, settle, to_label_studio, to_samples, usable, with_gold
 from .frames import plan_frames, read_frames_safely
 from .report import media_facts
 from .scale import load_keys
@@ -134,7 +134,7 @@ def write_cases(serve, out, cfg=FlywheelConfig(), train=None, answer=None, mark=
         with atomic_write(out/f"{name}.jsonl") as f: f.writelines(json.dumps(x, ensure_ascii=False, default=str)+"\n" for x in what)
     with atomic_write(out/"tasks.json") as f: json.dump(tasks, f, indent=1, ensure_ascii=False)
     with atomic_write(out/"labels.xml") as f: f.write(LABEL_CONFIG)
-    counts = dict(rows=len(rows), cases=len(cases), gold=len(tasks)-len(cases), pairs=len(pairs), far=sum("far" in c.why for c in cases) if encoded else None, why=dict(Counter((c.why or ("score",))[0] for c in cases)), conditions=dict(Counter(c.row["condition"] for c in cases)))
+    counts = dict(rows=len(rows), cases=len(cases), gold=len(tasks)-len(cases), pairs=len(pairs), far=int((far_from(*near) > .5).sum()) if encoded else None, why=dict(Counter((c.why or ("score",))[0] for c in cases)), conditions=dict(Counter(c.row["condition"] for c in cases)))
     with atomic_write(out/"manifest.json") as f: json.dump(dict(stage="cases", serve=str(Path(serve).resolve()), counts=counts, config=asdict(cfg), at=utc_now()), f, indent=1)
     return counts
 

@@ -6,8 +6,8 @@
 __all__ = ['app', 'PACKAGES', 'release', 'RegistryFolder', 'Why', 'Dry', 'flywheel', 'PANELS', 'fail', 'main', 'existing',
            'packaged', 'default_model', 'named', 'chosen', 'spoken_beside', 'ask', 'installed', 'machine',
            'preset_state', 'doctor', 'world', 'ingest', 'embedding_of', 'dedup', 'split', 'decontaminate', 'rule_of',
-           'filter_', 'clips', 'transcribe', 'encode', 'data_report', 'caption_clips_of', 'index', 'search', 'evaluate',
-           'robustness', 'prefer', 'gold', 'train_command', 'demo', 'serve', 'keys', 'usage', 'benchmarks',
+           'filter_', 'clips', 'transcribe', 'encode', 'data_report', 'caption_clips_of', 'index', 'search', 'moment',
+           'evaluate', 'robustness', 'prefer', 'gold', 'train_command', 'demo', 'serve', 'keys', 'usage', 'benchmarks',
            'run_options', 'bench', 'release_list', 'release_show', 'release_register', 'release_promote',
            'release_rollback', 'release_gate', 'release_watch', 'release_shadow', 'erase', 'flywheel_demo',
            'flywheel_mine', 'flywheel_accept', 'flywheel_parity', 'flywheel_calibrate', 'experiment', 'arrange']
@@ -178,7 +178,7 @@ def world(out: Annotated[str, typer.Option(help="Folder to write to")], n: Annot
     typer.echo(write_world(out, WorldConfig(n=n, level=level, split=split, wording="train" if split == "train" else "test", seed=seed, size=size)))
 
 @app.command()
-def ingest(source: Annotated[str, typer.Argument(help="Folder, glob, tar shard, annotation file or URL (http, s3 ...)")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/00_ingest",
+def ingest(source: Annotated[str, typer.Argument(help="Folder, glob, tar shard, annotation file, data set (folder of save_to_disk, .parquet, hf:NAME[:SPLIT]) or URL (http, s3 ...)")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/00_ingest",
            licence: Annotated[str, typer.Option(help="Licence of files that name none")] = "", allow_licence: Annotated[Optional[list[str]], typer.Option(help="Only these may train (again for each)")] = None,
            blocked: Annotated[Optional[str], typer.Option(help="File of content ids, paths or creators that must not come in, one a line")] = None, engine: Annotated[str, typer.Option(help="local or ray")] = "local"):
     """Probe, hash and list every video of SOURCE; broken files are recorded with a reason. Run again, it goes on.
@@ -186,7 +186,7 @@ def ingest(source: Annotated[str, typer.Argument(help="Folder, glob, tar shard, 
     Example:  video-vlm ingest videos --out runs/mine/00_ingest --licence CC-BY-4.0 --allow-licence CC-BY-4.0 --allow-licence CC0-1.0
     """
     from video_vlm.data import IngestConfig, ingest as stage, open_stage
-    if "*" not in source and "://" not in source: existing(source, "folder of videos, tar shard or annotation file")
+    if "*" not in source and "://" not in source and not source.startswith("hf:"): existing(source, "folder of videos, tar shard, annotation file or data set")
     stop = tuple(l.strip() for l in existing(blocked, "list of what is blocked").read_text().splitlines() if l.strip()) if blocked else ()
     c = open_stage(stage(source, out, IngestConfig(licence=licence, allow_licences=tuple(allow_licence or ()), blocked=stop), _engine(engine)))["counts"]
     typer.echo(f"{c['found']} found, {c['clips']} usable, {c['rejected']} rejected {c['reasons'] or ''}, {c['may_train']} may train; datasheet: {Path(out)/'datasheet.html'}")
@@ -195,6 +195,7 @@ def ingest(source: Annotated[str, typer.Argument(help="Folder, glob, tar shard, 
 def embedding_of(name):
     "`embed` of `dedup`: the tower of one of our checkpoints (a preset or a folder), else a SigLIP (a folder or a hub id)."
     from video_vlm.dedup import siglip_tower, tower_embedding
+    if not name: raise VideoVLMError("--embed: give tiny, a checkpoint folder, or a SigLIP (folder or hub id)")
     folder = Path(named(name)); _quiet()
     try: kind = json.loads((folder/"config.json").read_text()).get("model_type", "") if (folder/"config.json").is_file() else ""
     except (ValueError, AttributeError): kind = ""
@@ -215,8 +216,8 @@ def dedup(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
     from video_vlm.data import load_clips, open_stage
     from video_vlm.dedup import dedup as run, sentence_embedding
     load_clips(existing(stage, "ingest folder"))
-    c = open_stage(run(stage, out, engine=_engine(engine), embed=embedding_of(embed) if embed else None, embed_text=sentence_embedding(text_model) if text_model else None))["counts"]
-    typer.echo(f"{c['clips']} clips in {c['clusters']} clusters: {c['duplicates']} near-duplicates" + (f" ({c['by_embedding']} of {c['links']} links by the embedding alone)" if embed else "") + f"; {c['texts']} pairs of clips whose captions say the same")
+    c = open_stage(run(stage, out, engine=_engine(engine), embed=None if embed is None else embedding_of(embed), embed_text=None if text_model is None else sentence_embedding(text_model)))["counts"]
+    typer.echo(f"{c['clips']} clips in {c['clusters']} clusters: {c['duplicates']} near-duplicates" + (f" ({c['by_embedding']} of {c['links']} links by the embedding alone)" if embed else "") + f"; pairs of clips whose captions say the same: {c['texts']}")
 
 @app.command()
 def split(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], duplicates: Annotated[str, typer.Argument(help="Folder that dedup wrote")],
@@ -270,7 +271,7 @@ def filter_(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote"
     from video_vlm.filters import FilterConfig, classifier_of, filter_clips, funnel_report, siglip_agreement
     if odd := [l for l in language or () if not (l.isalpha() and l.islower() and len(l) in (2, 3))]: raise VideoVLMError(f"--language {odd[0]}: expected a code such as en or de")
     cfg = FilterConfig(**(dict(languages=tuple(language)) if language else {})).with_rules(**dict(map(rule_of, rule or ())))
-    folder = filter_clips(existing(stage, "ingest folder"), out, cfg, agreement=siglip_agreement(agreement) if agreement else None, unsafe=classifier_of("video_vlm.gateway:skin_check" if unsafe == "default" else unsafe) if unsafe else None)
+    folder = filter_clips(existing(stage, "ingest folder"), out, cfg, agreement=siglip_agreement(agreement) if agreement else None, unsafe=None if unsafe is None else classifier_of("video_vlm.gateway:skin_check" if unsafe == "default" else unsafe))
     for r in json.loads((folder/"funnel.json").read_text()): typer.echo(f"{r['filter']:12} -{r['lost']:<6} {r['left']} left")
     typer.echo(f"pictures: {funnel_report(stage, folder)}")
 
@@ -291,13 +292,15 @@ def clips(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")]
 
 # %% ../nbs/09b_cli.ipynb #2afed982
 @app.command()
-def transcribe(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], model: Annotated[Optional[str], typer.Option(help="Local folder of a faster-whisper model; without one, clips are recorded as not heard")] = None):
+def transcribe(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], model: Annotated[Optional[str], typer.Option(help="Local folder of a faster-whisper model, or pocketsphinx; without one, clips are recorded as not heard")] = None):
     """Add what a speech model hears to clips with sound.
 
     Example:  video-vlm transcribe runs/mine/00_ingest --model models/whisper-small
     """
-    from video_vlm.data import transcribe as run, whisper
-    typer.echo(run(existing(stage, "ingest folder"), whisper(model) if model else None, f"whisper:{Path(model).name}" if model else "whisper"))
+    from video_vlm.data import load_clips, sphinx, transcribe as run, whisper
+    load_clips(existing(stage, "ingest folder"))
+    if model == "pocketsphinx" and not Path(model).exists(): return typer.echo(run(stage, sphinx(), "pocketsphinx:en-us"))
+    typer.echo(run(stage, whisper(model) if model else None, f"whisper:{Path(model).name}" if model else "whisper"))
 
 @app.command()
 def encode(stage: Annotated[str, typer.Argument(help="Folder that ingest wrote")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/data/03_tokens", model: Annotated[Optional[str], typer.Option(help="Checkpoint folder or hub id")] = None,
@@ -396,6 +399,36 @@ def search(query: Annotated[str, typer.Argument(help="What to look for")] = "", 
     for h in hits: typer.echo(f"{h.score:8.4f}  {h.start:7.1f}s - {h.end:.1f}s  {facts['uris'][h.clip]}")
     typer.echo(f"pictures: {_search_page(query or f'like {like}', hits, facts['uris'], Path(out)/'search.html')}" if hits else "nothing found")
 
+# %% ../nbs/09b_cli.ipynb #1de7f2d3
+@app.command()
+def moment(file: Annotated[str, typer.Argument(help="A video file of any length")], query: Annotated[str, typer.Argument(help="What happens, as a sentence")],
+           model: Annotated[Optional[str], typer.Option("--model", "--preset", help="tiny, smol, a checkpoint folder or a hub id")] = None, k: Annotated[int, typer.Option("-k", "--k", help="Moments")] = 3,
+           out: Annotated[Optional[str], typer.Option(help="Pictures of the clip and its moments: a .png or .html file")] = None):
+    """When something happens in a video: start and end in seconds, and how sure the model is (0 to 1), surest first.
+
+    Example:  video-vlm moment clip.mp4 "the red square vanishes" --out moment.png
+    """
+    path = existing(file, "video file")
+    if path.is_dir(): raise VideoVLMError(f"{path} is a folder; give one video file (a whole folder: video-vlm index, then search)")
+    if not query.strip(" ?."): raise VideoVLMError("which moment? say what happens, such as: the red square vanishes")
+    if k < 1: raise VideoVLMError(f"-k {k}: give 1 or more")
+    if out and Path(out).suffix.lower() not in (".png", ".html"): raise VideoVLMError(f"--out {out}: give a name that ends in .png or .html")
+    from video_vlm.data import isolated, probe
+    isolated(probe, str(path)); _quiet()            # refused here, before anything heavy is loaded
+    from video_vlm.model import load_model
+    from video_vlm.moments import clip_of, find_moments, long_tokens, moment_strip, sampling_of
+    vlm, processor = load_model(chosen(model))
+    found = find_moments(query, long_tokens(clip_of(path), vlm.encoder, sampling_of(processor)["fps"]), vlm, processor)[:k]
+    for m in found: typer.echo(f"{m.start:7.1f}s - {m.end:.1f}s   sure {m.confidence:.2f}")
+    if not found: typer.echo("the model names no moment")
+    if not out: return
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    if Path(out).suffix.lower() == ".png": moment_strip(path, found).save(out)
+    else:
+        from video_vlm.search import Hit
+        _search_page(query, [Hit("", m.start, m.end, m.confidence, str(path)) for m in found], {"": str(path)}, out)
+    typer.echo(f"pictures: {out}")
+
 # %% ../nbs/09b_cli.ipynb #b19f652e
 def _tasks():
     "Names, kinds and notes of the tasks, as text."
@@ -422,7 +455,8 @@ def _eval_lines(run, out, against):
     from video_vlm.evaluation import compare, load_run, slices
     s, c, cut = run.summary, run.summary["contamination"], slices(run.predictions)
     yield f"{s['accuracy']:.4f}  95%: {s['ci95'][0]:.4f} to {s['ci95'][1]:.4f}  ({s['n']} questions, {s['n_clips']} clips, {run.asked} asked now, {s['errors']} errors)"
-    for k, v in (s.get("official") or {}).items():
+    official = s.get("official") or {}
+    for k, v in official.get("brief", official).items():
         if isinstance(v, (int, float)): yield f"  official {k:20} {v:.4f}"
         elif isinstance(v, dict) and "acc" in v: yield f"  official {k:20} {v['acc']:.4f}  ({v['correct']}/{v['total']})"
     yield from (f"  slice {x}" for x in cut[:5])
@@ -446,6 +480,8 @@ def evaluate(task: Annotated[Optional[str], typer.Option(help="Name of a task; -
     Examples:  video-vlm eval --list   |   video-vlm eval --task samples --data data/world   |   video-vlm eval --task mvbench --data json --videos mvbench/video --train runs/data/01a_splits
 
     A server:  video-vlm eval --task rows --data mine.jsonl --videos clips --endpoint http://127.0.0.1:8000/v1
+
+    Moments, events, retrieval:  video-vlm eval --task qvhighlights --data highlight_val_release.jsonl --videos clips --limit 50
 
     Answers that you have:  video-vlm eval --task qvhighlights --data highlight_val_release.jsonl --predictions preds.jsonl
     """
@@ -556,7 +592,7 @@ def train_command(data: Annotated[list[str], typer.Option(help="Folder of ingest
         processes: Annotated[int, typer.Option(help="On this machine")] = 1, dry_run: Annotated[bool, typer.Option(help="Print the plan, memory and time; train nothing")] = False,
         prepare: Annotated[bool, typer.Option(help="Write job.json and encode, for accelerate launch; train nothing")] = False, tracker: Annotated[list[str], typer.Option(help="tensorboard, wandb, mlflow, none ...")] = ["tensorboard"],
         tokens: Annotated[str, typer.Option(help="Token store; by default that of encode among the data, else one beside OUT")] = "", encode: Annotated[bool, typer.Option(help="Encode clips whose tokens are missing")] = True,
-        shard: Annotated[bool, typer.Option(help="Divide the language model over the processes")] = False, new_data: Annotated[bool, typer.Option(help="Go on although the data have changed")] = False):
+        shard: Annotated[bool, typer.Option(help="Divide the language model over the processes")] = False, as_of: Annotated[Optional[str], typer.Option(help="ISO date: train on what was known then; the recipe records it")] = None, new_data: Annotated[bool, typer.Option(help="Go on although the data have changed")] = False):
     """Train on ingested clips. Run again, it goes on where it stopped.
 
     Examples:  video-vlm train --recipe instruct --data runs/mine --out runs/mine/05_instruct --dry-run
@@ -565,10 +601,13 @@ def train_command(data: Annotated[list[str], typer.Option(help="Folder of ingest
     """
     for p in data: existing(p, "stage folder or .jsonl file")
     if processes < 1: raise VideoVLMError(f"--processes {processes}: at least 1")
+    from dataclasses import replace
+    from video_vlm.data import iso_day
+    known = {} if as_of is None else dict(as_of=iso_day(as_of))
     _quiet()
     from video_vlm import launch as l
     from video_vlm.training import check_trackers, load_recipe
-    job = l.Job(load_recipe(recipe), tuple(data), out, model, tokens, encode, shard, tuple(t for t in tracker if t != "none"), new_data)
+    job = l.Job(replace(load_recipe(recipe), **known), tuple(data), out, model, tokens, encode, shard, tuple(t for t in tracker if t != "none"), new_data)
     check_trackers(job.trackers)
     if dry_run: return typer.echo(l.show_plan(job, l.estimate(job, processes), processes))
     if prepare: return typer.echo(f"accelerate launch --config_file configs/accelerate/gpu8.yaml -m video_vlm.launch {l.prepare(job)}")
@@ -863,7 +902,7 @@ def flywheel_mine(serve: Annotated[str, typer.Argument(help="State folder of a s
     if labeller and not server: _quiet()
     answer, mark = open_answer("" if server else labeller, labeller if server else "", Path(out)/"tokens", api_key=os.environ.get("OPENAI_API_KEY", "")) if labeller else (None, "")
     c = write_cases(serve, out, FlywheelConfig(budget=budget, seed=seed), train, answer, mark, gold, url)
-    typer.echo(f"{c['cases']} of {c['rows']} requests, {c['gold']} gold tasks, {c['pairs']} pairs from edits"+("" if c["far"] is None else f", {c['far']} far from training")+f"\n  why: {c['why']}\n  conditions: {c['conditions']}\nimport {Path(out)/'tasks.json'} into a Label Studio project with the layout {Path(out)/'labels.xml'}")
+    typer.echo(f"{c['cases']} of {c['rows']} requests, {c['gold']} gold tasks, {c['pairs']} pairs from edits"+("" if c["far"] is None else f", {c['far']} requests far from training")+f"\n  why: {c['why']}\n  conditions: {c['conditions']}\nimport {Path(out)/'tasks.json'} into a Label Studio project with the layout {Path(out)/'labels.xml'}")
 
 @flywheel.command("accept")
 def flywheel_accept(export: Annotated[str, typer.Argument(help="Label Studio's export (JSON)")], mined: Annotated[str, typer.Option(help="Folder that mine wrote")] = "runs/mined", out: Annotated[str, typer.Option(help="Folder of the new data set version")] = "runs/data/next",

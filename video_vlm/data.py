@@ -8,8 +8,9 @@ __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', '
            'probe', 'isolated', 'content_id', 'hash_folder', 'utc_now', 'Clip', 'Sample', 'atomic_write',
            'save_samples', 'load_samples', 'finish_stage', 'open_stage', 'nearest', 'read_small', 'parse_subtitles',
            'iso', 'public_address', 'fetch_url', 'IngestConfig', 'Source', 'chat', 'read_annotations', 'expand',
-           'examine', 'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows', 'erased', 'as_of',
-           'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe', 'datasheet']
+           'examine', 'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows', 'erased',
+           'iso_day', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe',
+           'sphinx', 'datasheet']
 
 # %% ../nbs/00_data.ipynb #3a4c3924
 import atexit, csv, hashlib, importlib.util, itertools, json, os, pickle, re, signal, subprocess, sys, threading, time
@@ -818,8 +819,23 @@ def _remote_beside(fs, f, found) -> dict:
         if stem+s in found and fs.size(stem+s) < 4<<20: _merge(out, _sidecar(s, fs.cat_file(stem+s), os.path.basename(stem+s), utc_now()))
     return out
 
-def _row_sources(rows, out) -> tuple:
-    "Rows of a `datasets` data set or a list of dicts: a path, a URL, bytes or {'bytes', 'path'} under `video`."
+# %% ../nbs/00_data.ipynb #4353d225
+def _is_data_set(s): return isinstance(s, (str, Path)) and (str(s).startswith("hf:") or str(s).endswith(".parquet") or any(Path(s, m).is_file() for m in ("dataset_dict.json", "dataset_info.json")))
+
+def _data_set(s):
+    "Rows of a data set: `hf:NAME[:SPLIT]`, a folder that `save_to_disk` wrote (all its splits), or a Parquet file, a few rows in memory at a time; raises `VideoVLMError`."
+    name, _, split = s.removeprefix("hf:").partition(":")
+    try:
+        if s.endswith(".parquet") and not s.startswith("hf:"):
+            import pyarrow.parquet as pq
+            return (r for b in pq.ParquetFile(s).iter_batches(16) for r in b.to_pylist())
+        import datasets
+        d = datasets.load_dataset(name, split=split or "train") if s.startswith("hf:") else datasets.load_from_disk(s)
+        return datasets.concatenate_datasets(list(d.values())) if isinstance(d, dict) else d
+    except Exception as e: raise VideoVLMError(f"{s}: no data set could be read there ({type(e).__name__}: {(str(e) or '-').splitlines()[0][:160]})") from None
+
+def _row_sources(rows, out, root=".") -> tuple:
+    "Rows of a `datasets` data set or a list of dicts: a path (from `root`), a URL, bytes or {'bytes', 'path'} under `video`."
     sources, samples = [], []
     for k, f in (getattr(rows, "features", None) or {}).items():
         if type(f).__name__ == "Video": rows = rows.cast_column(k, type(f)(decode=False)) # the file, not a decoder of it
@@ -832,7 +848,7 @@ def _row_sources(rows, out) -> tuple:
                 with atomic_write(path, "wb") as f: f.write(v)
             v = str(path)
         if not isinstance(v, (str, Path)): raise VideoVLMError(f"a row has no video: expected a path, URL or bytes under 'video', got the keys {list(r)}")
-        one, more = _annotated([{**r, "video": str(v)}], Path("."), "rows", utc_now())
+        one, more = _annotated([{**r, "video": str(v)}], Path(root), "rows", utc_now())
         sources += one; samples += more
     return sources, samples
 
@@ -896,7 +912,7 @@ def _video_name(r) -> str:
 def _sample(m, where, id, by, created_at):
     "A `Sample` whose videos are source keys."
     msgs = [{**o, "content": [{**p, "video": where[p["video"]]} if p.get("type") == "video" else p for p in o["content"]] if isinstance(o["content"], list) else o["content"]} for o in m["messages"]]
-    return Sample(**{**dict(source=by, created_at=str(created_at)), **m, "messages": msgs, "id": m.get("id") or id})
+    return Sample(**{**dict(source=by), **m, "created_at": str(m.get("created_at") or created_at), "messages": msgs, "id": m.get("id") or id})
 
 class _Finder:
     "Finds the file that an annotation means: by path, else by name without suffix below the folder of the file."
@@ -935,7 +951,7 @@ def read_annotations(path) -> tuple:
 
 # %% ../nbs/00_data.ipynb #31fb02e6
 def expand(source, out=".", cfg:IngestConfig=IngestConfig()) -> tuple:
-    "(sources sorted by key, samples) of a folder, glob, file, tar shard, annotation file, URL, data set, or a list of any of these."
+    "(sources sorted by key, samples) of a folder, glob, file, tar shard, annotation file, URL, data set (its rows, a folder of `save_to_disk`, a .parquet, `hf:NAME[:SPLIT]`), or a list of any of these."
     if hasattr(source, "column_names") or (isinstance(source, (list, tuple)) and source and isinstance(source[0], dict)): found, samples = _row_sources(source, out)
     elif isinstance(source, (list, tuple, set)):
         parts = [expand(s, out, cfg) for s in source]
@@ -944,11 +960,12 @@ def expand(source, out=".", cfg:IngestConfig=IngestConfig()) -> tuple:
     unique = {}
     for s in found: unique[s.key] = s if s.key not in unique else replace(s, facts=_merge(dict(unique[s.key].facts), s.facts))
     inside = os.path.realpath(out) + os.sep # a stage folder below its source does not swallow itself
-    return [unique[k] for k in sorted(unique) if not os.path.realpath(k).startswith(inside) or hasattr(source, "column_names") or isinstance(source, list)], samples
+    return [unique[k] for k in sorted(unique) if not os.path.realpath(k).startswith(inside) or hasattr(source, "column_names") or isinstance(source, list) or _is_data_set(source)], samples
 
 def _expand_one(s, out, cfg) -> tuple:
     if _is_remote(s): return _url_sources(s, out, cfg), []
     s = s.removeprefix("file://")
+    if _is_data_set(s) and not has_magic(s): return _row_sources(_data_set(s), out, Path(s) if os.path.isdir(s) else Path(s).parent)
     if os.path.isdir(s):
         notes = os.path.join(s, "annotations.jsonl")
         named, samples = read_annotations(notes) if os.path.exists(notes) else ([], [])
@@ -957,7 +974,7 @@ def _expand_one(s, out, cfg) -> tuple:
         parts = [_expand_one(f, out, cfg) for f in glob(s, recursive=True)]
         return [o for p in parts for o in p[0]], [o for p in parts for o in p[1]]
     suffix = Path(s).suffix.lower()
-    if not os.path.exists(s): raise VideoVLMError(f"{s} does not exist: expected a folder, glob, video, .tar, annotation file or URL")
+    if not os.path.exists(s): raise VideoVLMError(f"{s} does not exist: expected a folder, glob, video, .tar, annotation file, data set or URL")
     if suffix == ".tar": return _tar_sources(s), []
     if suffix in (".json", ".jsonl", ".csv"): return read_annotations(s)
     return [Source(s)], []
@@ -1093,7 +1110,7 @@ def ingest(source, out, cfg:IngestConfig=IngestConfig(), engine=None) -> Path:
     out = Path(out); out.mkdir(parents=True, exist_ok=True); _check_config(out, cfg)
     with _only_one(out):
         sources, samples = expand(source, out, cfg)
-        if not sources: raise VideoVLMError(f"no videos in {source}: expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, .tar shards or an annotation file")
+        if not sources: raise VideoVLMError(f"no videos in {source}: expected files ending in {', '.join(sorted(VIDEO_SUFFIXES))}, .tar shards, an annotation file or a data set")
         _check_config(out, cfg, write=True)
         return _finish(source, out, samples, _ingest_new(sources, out, cfg, engine))
 
@@ -1177,9 +1194,15 @@ def erased(folder):
 # %% ../nbs/00_data.ipynb #22b4b29a
 def _known(items, day): return [o for o in items if o["known_at"] and o["known_at"][:len(day)] <= day]
 
+def iso_day(day:str) -> str:
+    "An ISO date (or year, or year and month) as given; raises `VideoVLMError` where it is none."
+    try: datetime.strptime(day, {4: "%Y", 7: "%Y-%m", 10: "%Y-%m-%d"}.get(len(day), ""))
+    except (ValueError, TypeError): raise VideoVLMError(f"{day}: expected an ISO date such as 2025-12-31") from None
+    return day
+
 def as_of(clips, day:str) -> list:
-    "Clips (or samples) as they were known on an ISO date."
-    out = []
+    "Clips (or samples) as they were known on an ISO date; raises `VideoVLMError` where `day` is none."
+    out, day = [], iso_day(day)
     for c in clips:
         if isinstance(c, Sample):
             if c.created_at and c.created_at[:len(day)] <= day: out.append(c)
@@ -1258,6 +1281,32 @@ def transcribe(folder, asr, by:str, progress:bool=True) -> dict:
     counts = {k: v for k, v in counts.items() if v}
     with atomic_write(Path(folder)/"transcripts.json") as f: json.dump(dict(by=by, asr="missing" if asr is None else "present", **counts), f)
     return counts
+
+# %% ../nbs/00_data.ipynb #611e8b94
+def _sound(path, rate:int=16000) -> tuple:
+    "Samples int16 [n] of the first sound track at `rate`, one channel, and the second at which they begin, from the first picture."
+    av, out, begin = _quiet(), [np.zeros(0, np.int16)], None
+    with media_errors(path), av.open(os.fspath(path)) as c:
+        picture = next((float(s.start_time*s.time_base) for s in c.streams.video if s.start_time is not None), 0.)
+        to, frames = av.AudioResampler(format="s16", layout="mono", rate=rate), c.decode(audio=0) if c.streams.audio else ()
+        for f in frames:
+            begin = f.time if begin is None else begin
+            out += [x.to_ndarray()[0] for x in to.resample(f)]
+        if begin is not None: out += [x.to_ndarray()[0] for x in to.resample(None)]
+    return np.concatenate(out), (begin or 0.)-picture
+
+def sphinx(limits:Limits=Limits()):
+    "A transcriber `path -> [{start, end, text}]`, a word each, by pocketsphinx with the English model of its wheel; raises `VideoVLMError` where it is not installed."
+    try: from pocketsphinx import Decoder, Segmenter
+    except ImportError: raise VideoVLMError("pocketsphinx is not installed: pip install pocketsphinx") from None
+    hear = Decoder(samprate=16000, loglevel="FATAL")
+    def run(path):
+        x, begin = isolated(_sound, path, timeout_s=4*limits.timeout_s); words = []
+        for voice in Segmenter(sample_rate=16000).segment(BytesIO(x.tobytes())):
+            hear.start_utt(); hear.process_raw(voice.pcm, full_utt=True); hear.end_utt()
+            words += [dict(start=round(begin+voice.start_time+s.start_frame/100, 2), end=round(begin+voice.start_time+(s.end_frame+1)/100, 2), text=re.sub(r"\(\d+\)$", "", s.word)) for s in hear.seg() or () if s.word[0] not in "<["]
+        return words
+    return run
 
 # %% ../nbs/00_data.ipynb #e0930ba7
 def _tally(title, values, top=12) -> tuple:

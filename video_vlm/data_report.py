@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'DataReportConfig', 'find_stages', 'DataRun', 'read_run', 'funnel_rows', 'filter_cards', 'cluster_cards',
-           'split_plot', 'refused_blocks', 'data_report']
+           'shot_cards', 'text_blocks', 'split_plot', 'refused_blocks', 'data_report']
 
 # %% ../nbs/07d_data_report.ipynb #9f5a4a65
 import json, os
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, fields
 from html import escape
 from pathlib import Path
 import numpy as np
-from .data import REASONS, VideoVLMError, load_clips, open_stage
-from .dedup import Match, Signature, load_clusters, show_match, _file
+from .data import REASONS, VideoVLMError, isolated, load_clips, open_stage
+from .dedup import Match, Signature, load_clusters, load_texts, show_match, _file
 from .filters import load_kept, _read
-from .frames import read_frames_safely, show_frames
+from .frames import detect_shots, read_frames_safely, show_frames, show_shots
 from .report import PALETTE, figure_svg, funnel_block, picture_uri, render_page, tile
 from .splits import NAMES, Audit, audit, load_removed, load_splits
 
@@ -28,6 +28,8 @@ class DataReportConfig:
     clusters:int = 12 # Clusters shown, the largest first
     links:int = 2 # Pairs shown of each
     near_misses:int = 6 # Pairs shown that were almost taken for copies
+    shots:int = 4 # Clips whose shots are shown
+    texts:int = 40 # Pairs of clips listed whose captions say the same
     rejected:int = 200 # Refused files listed
     frames:int = 6 # Frames of a contact sheet
     def __post_init__(self):
@@ -50,6 +52,7 @@ class DataRun:
     funnel:list = field(default_factory=list) # Rows of `filters.funnel`
     kept:set = None # Ids that no filter refused; None: no filter was run
     cluster:dict = field(default_factory=dict) # Id -> cluster
+    texts:list = field(default_factory=list) # Rows of `load_texts`
     split:dict = field(default_factory=dict) # Id -> side
     removed:dict = field(default_factory=dict) # Id -> reason of decontamination
     audit:Audit = None
@@ -60,7 +63,7 @@ def read_run(stages) -> DataRun:
     "Read the folders of `find_stages`."
     s, run = stages, DataRun(stages, load_clips(stages["ingest"], rejected=True))
     if "filters" in s: run.funnel, run.kept = json.loads((s["filters"]/"funnel.json").read_text()), set(load_kept(s["filters"]))
-    if "dedup" in s: run.cluster = load_clusters(s["dedup"])
+    if "dedup" in s: run.cluster, run.texts = load_clusters(s["dedup"]), load_texts(s["dedup"])
     if "removed" in s: run.removed = load_removed(s["removed"])
     if "splits" in s: run.split = load_splits(s["splits"]); run.audit = audit(s["ingest"], s["splits"], s.get("dedup"))
     return run
@@ -103,7 +106,7 @@ def _compared(run):
     return {(r["a"], r["b"]): Match(**{k: v for k, v in r.items() if k in names}) for r in rows}
 
 def _pair_card(run, a, b, m, tag=""):
-    text = f"score {m.score:.3f} by {m.kind}; time in the first = {m.speed:.2f} x time in the second {m.offset:+.2f} s; {m.share:.0%} of the shorter clip{', mirrored' if m.flipped else ''}"
+    text = f"{'joined' if m.is_duplicate else 'compared'} by {'the embedding alone' if m.kind == 'embedding' else f'the frames ({m.kind})'}, score {m.score:.3f}; time in the first = {m.speed:.2f} x time in the second {m.offset:+.2f} s; {m.share:.0%} of the shorter clip{', mirrored' if m.flipped else ''}"
     try: sheet = show_match(*(Signature.load(_file(run.stages["dedup"], i)) for i in (a, b)), m)
     except (OSError, ValueError): sheet = None
     return _card(f"{run.name(a)} = {run.name(b)}" if m.is_duplicate else f"{run.name(a)}, {run.name(b)}", text, sheet, tag)
@@ -120,6 +123,29 @@ def cluster_cards(run:DataRun, cfg=DataReportConfig()) -> tuple:
         refused += [_pair_card(run, *l, tag="refused by the guard") for l in groups[c] if run.cluster.get(l[1]) != c]
     near = sorted(((m.score, a, b) for (a, b), m in compared.items() if not m.is_duplicate and m.score > .5), reverse=True)[:cfg.near_misses]
     return inside, refused[:cfg.near_misses], [_pair_card(run, a, b, compared[a, b], "not a copy") for _, a, b in near]
+
+# %% ../nbs/07d_data_report.ipynb #9c0cc684
+def _strip(uri, shots): return show_shots(uri, shots)
+
+def shot_cards(run:DataRun, cfg=DataReportConfig(), most:int=12, longest:float=600.) -> list:
+    "Strips of up to `cfg.shots` clips, at most `most` shots each; looked for among three times as many of up to `longest` seconds, evenly over the run."
+    good, found = [c for c in run.by_id.values() if c.duration <= longest], []
+    for i in np.unique(np.linspace(0, len(good)-1, min(len(good), 3*cfg.shots)).round().astype(int)) if good and cfg.shots else ():
+        try: found.append((isolated(detect_shots, good[i].uri, timeout_s=60.), good[i]))
+        except (VideoVLMError, OSError, ValueError): continue
+    cards = []
+    for shots, c in sorted(found, key=lambda o: (-len(o[0]), o[1].uri))[:cfg.shots]:
+        some = [shots[k] for k in np.unique(np.linspace(0, len(shots)-1, min(most, len(shots))).round().astype(int))]
+        try: picture = isolated(_strip, c.uri, some, timeout_s=60.)
+        except (VideoVLMError, OSError, ValueError): continue
+        cards.append(_card(run.name(c.id), f"{len(shots)} shot{'s' if len(shots) > 1 else ''} in {c.duration:.1f} s" + (f"; {len(some)} of them shown" if len(some) < len(shots) else ""), picture, "shots"))
+    return cards
+
+def text_blocks(run:DataRun, cfg=DataReportConfig()) -> list:
+    "Table of clips whose captions say the same, and whether they are one clip too."
+    short, rows = lambda t: t if len(t) < 80 else t[:77]+"...", [r for r in run.texts if r["a"] in run.by_id and r["b"] in run.by_id]
+    return [_table(("clip", "clip", "why", "alike", "text", "one clip"), [(run.name(r["a"]), run.name(r["b"]), r["reason"], f"{r['similarity']:.2f}", short(r["text_a"]) + ("" if r["text_a"] == r["text_b"] else f" / {short(r['text_b'])}"),
+                   "yes" if run.cluster.get(r["a"]) == run.cluster.get(r["b"]) else "no") for r in rows[:cfg.texts]], f"{min(len(rows), cfg.texts)} of {len(rows)}")]
 
 # %% ../nbs/07d_data_report.ipynb #d5394ab9
 def _binned_length(c): return next((f"< {b} s" for b in (1, 3, 10, 30, 60, 300) if c.duration < b), "longer")
@@ -169,6 +195,8 @@ def data_report(run_folder, out=None, cfg:DataReportConfig=DataReportConfig(), s
         inside, refused, near = cluster_cards(run, cfg)
         sections += [dict(title=t, note=n, blocks=[cards(c)]) for t, n, c in (("Why these are one", "Rows: the first clip; the second, laid over it; what differs. The weakest links of the largest clusters.", inside),
                      ("Links that were not believed", "Weak links that would have joined two clusters.", refused), ("Almost copies", "Below the threshold, the nearest first.", near)) if c]
+    if run.texts: sections.append(dict(title="Captions that say the same", note="They join nothing: the same sentence is true of many clips. Where the last column says no, text and footage disagree, and one of them deserves a look.", blocks=text_blocks(run, cfg)))
+    if shots := shot_cards(run, cfg): sections.append(dict(title="Shots", note="First and last frame of every shot, of a sample of the clips those with the most. A cut in the middle of an action, or none where the picture changes, is a wrong one.", blocks=[cards(shots)]))
     if run.split: sections.append(dict(title="Splits", blocks=_split_blocks(run)))
     if run.removed: sections.append(dict(title="Taken out for a benchmark", blocks=[_table(("clip", "why"), [(run.name(i), w) for i, w in list(run.removed.items())[:cfg.rejected]])]))
     if bad := refused_blocks(run, cfg): sections.append(dict(title="Refused files", blocks=bad))

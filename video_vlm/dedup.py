@@ -599,6 +599,7 @@ def same_text(texts, threshold:float=.8, embed=None, embed_threshold:float=.9) -
 def sentence_embedding(folder):
     "`embed` for texts: a sentence-transformers model in a local folder or on the hub; raises `VideoVLMError`."
     from sentence_transformers import SentenceTransformer
+    if Path(folder).is_dir() and not Path(folder, "modules.json").is_file(): raise VideoVLMError(f"{folder} holds no sentence-transformers model (no modules.json): any language model would give vectors, and nearly all of them alike")
     try: model = SentenceTransformer(str(folder))
     except (OSError, ValueError, KeyError, ImportError, TypeError) as e: raise VideoVLMError(f"{folder} holds no sentence-transformers model: {(str(e) or repr(e)).splitlines()[0][:160]}") from None
     embed = lambda texts: model.encode(list(texts), show_progress_bar=False)

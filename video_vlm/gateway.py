@@ -155,6 +155,10 @@ def collect(self:Metrics):
     hits.add_metric(["memory"], c.get("memory_hits", 0)); hits.add_metric(["disk"], c.get("hits", 0)-c.get("memory_hits", 0))
     yield hits
     s = self.engine.stats() if self.engine is not None else {}
+    asked, there = (CounterMetricFamily(f"video_vlm_engine_cache_{k}", f"{text} of the engine's own caches: prefix in prompt tokens, processor in videos", labels=["cache"]) for k, text in (("queries", "Lookups"), ("hits", "Hits")))
+    for k, (q, h) in s.get("caches", {}).items(): asked.add_metric([k], q); there.add_metric([k], h)
+    yield asked
+    yield there
     yield GaugeMetricFamily("video_vlm_engine_running", "Requests in the engine", value=s.get("running", 0))
     yield GaugeMetricFamily("video_vlm_media_queue", "Requests that wait for a decoder or an encoder", value=self.queue())
     yield GaugeMetricFamily("video_vlm_engine_ready", "Whether the engine answers", value=float(s.get("ready", False)))
@@ -191,7 +195,7 @@ def begin_span(name:str, **facts):
 # %% ../nbs/09a_gateway.ipynb #3585df44
 PANELS = {"First token, p99 (s)": "histogram_quantile(0.99, sum by (le, known) (rate(video_vlm_ttft_seconds_bucket[5m])))", "Between tokens, p99 (s)": "histogram_quantile(0.99, sum by (le) (rate(video_vlm_itl_seconds_bucket[5m])))",
           "Requests a second by status": "sum by (status) (rate(video_vlm_requests_total[5m]))", "Refusals by reason": "sum by (reason) (rate(video_vlm_refusals_total[5m]))",
-          "Decodes and encodes a second": "rate(video_vlm_decodes_total[5m]) or rate(video_vlm_encodes_total[5m])", "Store hits by tier": "sum by (tier) (rate(video_vlm_cache_hits_total[5m]))",
+          "Decodes and encodes a second": "rate(video_vlm_decodes_total[5m]) or rate(video_vlm_encodes_total[5m])", "Store hits by tier": "sum by (tier) (rate(video_vlm_cache_hits_total[5m]))", "Engine cache hits, share": "sum by (cache) (rate(video_vlm_engine_cache_hits_total[5m])) / sum by (cache) (rate(video_vlm_engine_cache_queries_total[5m]))",
           "Tokens a second by kind": "sum by (kind) (rate(video_vlm_tokens_total[5m]))", "In the house": "video_vlm_running or video_vlm_engine_running or video_vlm_media_queue",
           "Out of memory": "rate(video_vlm_out_of_memory_total[5m])", "Jobs": "video_vlm_jobs", "Engine restarts": "video_vlm_engine_restarts_total"}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import torch
-from .data import VideoVLMError, atomic_write, load_clips, load_samples, training_clips
+from .data import VideoVLMError, as_of, atomic_write, load_clips, load_samples, training_clips
 from .encoder import VisualTokens
 from .filters import load_refused
 from .frames import plan_frames, read_frames_safely
@@ -59,24 +59,26 @@ def find_data(paths):
     return found
 
 # %% ../nbs/05c_launch.ipynb #d2688807
-def stage_clips(paths, part="train"):
-    "(clips by id, samples by clip id, entries of text) of a part of the data; without a split folder everything is train. What a filter refused is left out."
-    found = find_data(paths)
+def stage_clips(paths, part="train", day=""):
+    "(clips by id, samples by clip id, entries of text) of a part of the data; without a split folder everything is train. What a filter refused is left out, and with `day`, an ISO date, what was not known then."
+    found, known = find_data(paths), lambda samples: as_of(samples, day) if day else samples
     where, refused = {k: v for f in found.splits for k, v in load_splits(f).items()}, {i for f in found.filters for i in load_refused(f)}
-    clips = {c.id: c for f in found.ingests for c in training_clips(f) if c.id not in refused and (not found.splits or where.get(c.id) == part)}
+    clips = {c.id: c for f in found.ingests for c in training_clips(f, day or None) if c.id not in refused and (not found.splits or where.get(c.id) == part)}
     samples, plain = {}, []
     for f in found.ingests:
-        for s in load_samples(f) if (f/"samples.jsonl").exists() else ():
+        for s in known(load_samples(f)) if (f/"samples.jsonl").exists() else ():
             if len(set(s.videos)) == 1 and s.videos[0] in clips: samples.setdefault(s.videos[0], []).append(with_speech(s, clips[s.videos[0]].transcript))
-    if part == "train": plain = [s for f in found.texts for s in load_samples(f)]
+    if part == "train": plain = [s for f in found.texts for s in known(load_samples(f))]
+    if part == "train" and day and not samples and not plain: raise VideoVLMError(f"nothing to train on was known on {day}: clips by their collected_at, labels and conversations by known_at or created_at, and those without a date do not count")
     return {i: clips[i] for i in samples}, samples, [plain[i:i+8] for i in range(0, len(plain), 8)]
 
-def not_taken(paths):
+def not_taken(paths, day=""):
     "Why clips of the data are not trained on: {reason: how many}, each counted once."
-    found, why = find_data(paths), Counter()
+    found, why = find_data(paths), Counter(); known = {c.id for f in found.ingests for c in load_clips(f, day=day or None)}
     where, refused = {k: v for f in found.splits for k, v in load_splits(f).items()}, {i for f in found.filters for i in load_refused(f)}
     for c in (c for f in found.ingests for c in load_clips(f)):
-        if not c.may_train: why["licence or consent"] += 1
+        if c.id not in known: why[f"not known on {day}"] += 1
+        elif not c.may_train: why["licence or consent"] += 1
         elif c.id in refused: why["filter"] += 1
         elif found.splits and where.get(c.id) != "train": why[where.get(c.id) or "unused by the split"] += 1
     return dict(why)
@@ -88,7 +90,7 @@ def plan_of(clip, processor, encoder):
 
 def clip_set(job, processor, encoder, part="train", left_out=(), tokens=None):
     "The `ClipSet` of a job. `tokens`: clip id, plan -> VisualTokens, by default from the store."
-    clips, samples, plain = stage_clips(job.data, part)
+    clips, samples, plain = stage_clips(job.data, part, job.recipe.as_of)
     ids = [i for i in clips if i not in set(left_out)]
     plans, store = {i: plan_of(clips[i], processor, encoder) for i in ids}, None if tokens else job.store
     read = tokens or (lambda i, plan: store.get(token_key(i, plan, encoder.fingerprint)))
@@ -112,8 +114,8 @@ def with_speech(sample, transcript, most=2000):
 def encode_missing(job, processor, encoder, progress=True):
     "Encode what the store lacks; returns {clip id: reason} of clips that could not be."
     from tqdm import tqdm
-    clips, *_ = stage_clips(job.data)
-    val = stage_clips(job.data, "val")[0] if find_data(job.data).splits else {}
+    clips, *_ = stage_clips(job.data, day=job.recipe.as_of)
+    val = stage_clips(job.data, "val", job.recipe.as_of)[0] if find_data(job.data).splits else {}
     store, bad, clips = job.store, {}, {**clips, **val}
     todo = [(c, p) for c in clips.values() if not store.path(token_key(c.id, p := plan_of(c, processor, encoder), encoder.fingerprint)).exists()]
     if todo and not job.encode: raise TrainingError(f"{len(todo)} of {len(clips)} clips have no stored tokens in {store.folder} (first {todo[0][0].id[:12]}): drop --no-encode, or encode them first")
@@ -146,7 +148,7 @@ def run_job(job, progress=True):
     bad = json.loads((Path(job.out)/"left_out.json").read_text()) if (Path(job.out)/"left_out.json").exists() else {}
     data, validate = clip_set(job, processor, model.encoder, left_out=bad), None
     found = find_data(job.data)
-    if found.splits and set(stage_clips(job.data, "val")[0])-set(bad): validate = qa_check(processor, clip_set(job, processor, model.encoder, "val", bad))
+    if found.splits and set(stage_clips(job.data, "val", job.recipe.as_of)[0])-set(bad): validate = qa_check(processor, clip_set(job, processor, model.encoder, "val", bad))
     return train(model, processor, data, job.recipe, job.out, progress=progress, validate=validate, trackers=job.trackers, shard=job.shard, new_data=job.new_data, inputs={p.name: p for p in found.ingests+found.splits+found.filters})
 
 # %% ../nbs/05c_launch.ipynb #88bf98b1
@@ -188,7 +190,7 @@ def estimate(job, processes=1, mfu=.35, probe_s=30.):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     real = flops/(peak*.1) < probe_s
     seconds = time_a_step(model, processor, data, recipe)/processes if real else flops/(peak*mfu)/processes
-    return dict(not_taken=not_taken(job.data), clips=len(data.groups.get("video", ())), text_entries=len(data.groups.get("text", ())), samples=sum(map(len, data.samples)), parameters=parts, trained=trained, steps=recipe.steps, visits=recipe.steps*recipe.clips,
+    return dict(not_taken=not_taken(job.data, recipe.as_of), clips=len(data.groups.get("video", ())), text_entries=len(data.groups.get("text", ())), samples=sum(map(len, data.samples)), parameters=parts, trained=trained, steps=recipe.steps, visits=recipe.steps*recipe.clips,
                 passes=round(recipe.steps*recipe.clips/len(data.ids), 2), ids_a_row=round(float(ids.mean())), ids_in_all=round(float(ids.mean())*recipe.steps*recipe.clips), visual_tokens=int(sum(data.lengths)*N/(N+6)),
                 memory_mb={k: round(v/2**20, 1) for k, v in where.items()}, step_s=round(seconds, 3), hours=round(seconds*recipe.steps/3600, 3), how="one real step timed" if real else f"arithmetic at an assumed MFU of {mfu}")
 
@@ -196,7 +198,7 @@ def estimate(job, processes=1, mfu=.35, probe_s=30.):
 def show_plan(job, facts, processes=1):
     "The plan of a job as lines of text."
     r, f = job.recipe, facts
-    return "\n".join([f"recipe      {r.name}: trains {', '.join(r.trains)}; {r.optimizer}, lr {r.lr:g}, projector {r.projector_lr:g}, precision {r.precision}",
+    return "\n".join([f"recipe      {r.name}: trains {', '.join(r.trains)}; {r.optimizer}, lr {r.lr:g}, projector {r.projector_lr:g}, precision {r.precision}" + (f"; what was known on {r.as_of}" if r.as_of else ""),
         f"data        {f['clips']} clips, {f['text_entries']} entries of text, {f['samples']} samples" + "".join(f"; {n} not taken ({why})" for why, n in f["not_taken"].items()),
         f"model       {job.model}: " + ", ".join(f"{k} {v/1e6:.2f}M" for k, v in f["parameters"].items()) + f"; {f['trained']/1e6:.2f}M trained",
         f"steps       {f['steps']} of {r.clips} clips on {processes} process{'es' if processes > 1 else ''}: {f['passes']} passes over the data; checkpoints every {r.save_every} steps, the newest {r.keep} kept",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from .benchmarks import find_video, judge_prompt, judged, load_task
 from .data import MediaError, VideoVLMError, atomic_write, content_id, isolated, load_clips, load_samples, open_stage, probe
-from .evaluation import EvaluationConfig, Item, Score, Task, batched, by_skill, likely, open_answer, run_task, slices, task_from_samples
+from .evaluation import EvaluationConfig, Item, Score, Task, answer_for, batched, by_skill, likely, open_answer, run_task, slices, task_from_samples
 from .robustness import load_robustness, worst_first
 
 # %% ../nbs/07c_report.ipynb #ddaccd74
@@ -425,7 +425,7 @@ def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None
     Path(out).mkdir(parents=True, exist_ok=True)
     train = overlap_with(train, t.items, out) if isinstance(train, (str, Path)) else train
     answer, mark = open_answer(model, url, Path(out) / "tokens", blind, workers, api_key)
-    if likelihood: answer = likely(answer)
+    answer = likely(answer) if likelihood else answer_for(t, answer)
     gone = {i.id for i in missing} if (videos or task == "samples") and not blind else set()
     t = with_facts(t, Path(out) / "media.json")
     media = {i.clip: i.media for i in t.items if i.media}

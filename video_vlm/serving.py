@@ -6,8 +6,8 @@
 __all__ = ['ARCH', 'VLLM_ENV', 'ENGINES', 'BadRequest', 'EngineBusy', 'EngineDown', 'UnknownAdapter', 'EngineConfig', 'Request',
            'Usage', 'Delta', 'prompt_ids', 'full_ids', 'load_processor', 'full_checkpoint', 'load_encoder',
            'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'VideoPart', 'vllm_args',
-           'VLLMEngine', 'check_room', 'adapter_projector', 'project', 'TextStream', 'sample', 'DecodeBatch',
-           'TransformersEngine', 'has_vllm', 'make_engine', 'offline', 'offline_answers', 'collect']
+           'cache_counter', 'VLLMEngine', 'check_room', 'adapter_projector', 'project', 'TextStream', 'sample',
+           'DecodeBatch', 'TransformersEngine', 'has_vllm', 'make_engine', 'offline', 'offline_answers', 'collect']
 
 # %% ../nbs/09_serving.ipynb #55c54823
 import asyncio, functools, itertools, os, threading, uuid
@@ -194,6 +194,7 @@ def register():
 def video_item(video) -> dict:
     "What the plug-in takes for one video: `{tokens, starts}` (stored) or `{frames, times}`; also `VisualTokens` or frames as vLLM's own loaders give them."
     if video is None: return None
+    video = getattr(video, "media", video) # vLLM's loaders keep the bytes beside what they decoded
     if isinstance(video, dict): return video
     if hasattr(video, "starts"): return dict(tokens=video.tokens, starts=video.starts)
     frames, meta = video if isinstance(video, tuple) else (video, None)
@@ -344,6 +345,21 @@ def vllm_args(cfg:EngineConfig, cpu:bool=True, context:int=2048) -> dict:
     if cpu: out.update(enforce_eager=True, block_size=32, distributed_executor_backend="uni")
     return out
 
+# %% ../nbs/09_serving.ipynb #63af2be2
+def cache_counter(into:dict):
+    "A vLLM stat logger that adds up queries and hits of the engine's caches in `into`: {prefix: [tokens asked, tokens there], processor: [videos asked, videos there]}."
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    class CacheCounter(PrometheusStatLogger): # of this class, or vLLM adds its own with some hundred metrics that nobody here scrapes
+        def __init__(self, vllm_config, engine_indexes=None): "Nothing to set up."
+        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
+            for name, s in (("prefix", getattr(scheduler_stats, "prefix_cache_stats", None)), ("processor", mm_cache_stats)):
+                if s is not None: into[name][0] += s.queries; into[name][1] += s.hits
+        def log_engine_initialized(self): "Nothing to say."
+        def log(self): "Nothing to say."
+        def record_sleep_state(self, sleep=0, level=0): "We do not sleep."
+        def record_admission_rejection(self, reason): "Our own queue refuses."
+    return CacheCounter
+
 # %% ../nbs/09_serving.ipynb #7066371d
 class VLLMEngine:
     "vLLM behind the engine interface: `start`, `generate`, `abort`, `load_adapter`, `drop_adapter`, `stats`, `stop`."
@@ -354,7 +370,7 @@ class VLLMEngine:
         self.llm, self.watcher, self.running, self.restarts, self.adapters, self.projectors, self.stopping = None, None, 0, 0, {}, {}, False
         self.video_id = self.processor.tokenizer.convert_tokens_to_ids("<|video|>")
         self.context = cfg.max_model_len or _context(cfg.checkpoint)
-        self._ids = itertools.count(1)
+        self._ids, self.caches = itertools.count(1), {"prefix": [0, 0], "processor": [0, 0]}
 
     def _build(self):
         for k, v in VLLM_ENV.items(): os.environ.setdefault(k, v)
@@ -363,7 +379,7 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
         cpu = current_platform.is_cpu()
         args = vllm_args(self.cfg, cpu, self.context)
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=[cache_counter(self.caches)])
 
     @property
     def ready(self): return self.llm is not None and not self.llm.errored
@@ -500,7 +516,7 @@ async def _abort(self, id:str):
     "Stop a request; its stream ends with finish_reason `abort`."
     if self.llm is not None: await self.llm.abort(id)
 
-def _stats(self) -> dict: return dict(engine=self.name, running=self.running, restarts=self.restarts, ready=self.ready)
+def _stats(self) -> dict: return dict(engine=self.name, running=self.running, restarts=self.restarts, ready=self.ready, caches={k: tuple(v) for k, v in getattr(self, "caches", {}).items()})
 
 VLLMEngine.load_adapter, VLLMEngine.drop_adapter, VLLMEngine._adapter, VLLMEngine.abort, VLLMEngine.stats = _load_adapter, _drop_adapter, _adapter, _abort, _stats
 

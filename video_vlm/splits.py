@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 import numpy as np
 from .data import Clip, IngestConfig, VideoVLMError, atomic_write, finish_stage, ingest, load_clips, open_stage
-from .dedup import DedupConfig, Signature, _file, _Union, _words, _write_table, compare, dedup, load_clusters, lookup, same_text, signatures
+from .dedup import DedupConfig, Signature, _file, _Union, _words, _write_table, compare, dedup, load_clusters, load_texts, lookup, same_text, signatures
 from .filters import load_refused
 
 # %% ../nbs/01a_splits.ipynb #23c39b78
@@ -146,8 +146,8 @@ def _groups(clips, keys):
 
 def _captions(c): return {" ".join(t["text"].lower().split()) for t in c.captions if len(t["text"].split()) >= 4}
 
-def audit_clips(clips, split:dict, footage=(), similar_text:float=.9, captions_leak:bool=False) -> Audit:
-    "Leaks among `clips` given their split; `footage` lists (id, id, score) that show the same."
+def audit_clips(clips, split:dict, footage=(), similar_text:float=.9, captions_leak:bool=False, said=()) -> Audit:
+    "Leaks among `clips` given their split; `footage` lists (id, id, score) that show the same, `said` (id, id, text) of clips whose captions say the same in other words."
     used = [c for c in clips if split.get(c.id)]
     rows = [c for c in used if c.id]
     leaks = [*_across(_groups(rows, lambda c: [c.creator]), split, "creator"), *_across(_groups(rows, lambda c: [source_video(c)]), split, "source_video")]
@@ -157,6 +157,7 @@ def audit_clips(clips, split:dict, footage=(), similar_text:float=.9, captions_l
     for i, j, s in same_text([t for _, t in texts], similar_text) if similar_text < 1 else []:
         a, b = texts[i][0], texts[j][0]
         if split[a] != split[b] and frozenset((a, b)) not in seen: same.append(Leak("caption", a, b, (split[a], split[b]), texts[i][1][:80])); seen.add(frozenset((a, b)))
+    same += [Leak("caption", a, b, (split[a], split[b]), t) for a, b, t in said if split.get(a) and split.get(b) and split[a] != split[b] and frozenset((a, b)) not in seen]
     return Audit(leaks + (same if captions_leak else []), [] if captions_leak else same, dict(clips=len(used)))
 
 # %% ../nbs/01a_splits.ipynb #6e637bed
@@ -211,10 +212,12 @@ def _bytes_leaks(stage, split):
     for c in load_clips(stage, rejected=True):
         if c.reason == "same_bytes" and split.get(c.detail) and split.get(c.id) and split[c.id] != split[c.detail]: yield Leak("bytes", c.detail, c.id, (split[c.detail], split[c.id]))
 
+def _finished(folder): return bool(folder) and (Path(folder)/"manifest.json").is_file()
+
 def _links(ingest_folder, dedup_folder, cfg):
     "(id, id, score) of the same footage; made if there is no dedup folder that knows all clips."
     import pyarrow.parquet as pq
-    ids = {c.id for c in load_clips(ingest_folder)}; whole = dedup_folder and (Path(dedup_folder)/"manifest.json").is_file() and ids <= set(load_clusters(dedup_folder))
+    ids = {c.id for c in load_clips(ingest_folder)}; whole = _finished(dedup_folder) and ids <= set(load_clusters(dedup_folder))
     with tempfile.TemporaryDirectory() as d:
         rows = pq.read_table((Path(dedup_folder) if whole else dedup(ingest_folder, Path(d)/"audit", cfg))/"pairs.parquet").to_pylist()
     return [(r["a"], r["b"], r["score"]) for r in rows]
@@ -223,7 +226,8 @@ def audit(ingest_folder, split_folder, dedup_folder=None, captions_leak:bool=Fal
     "Look for leaks between the splits: bytes, footage, creator, source video; the same caption text is a warning, or a leak with `captions_leak`."
     given = load_splits(split_folder)
     if dedup_folder is None: dedup_folder = open_stage(split_folder)["inputs"].get("dedup", {}).get("path")
-    found = audit_clips(load_clips(ingest_folder), given, _links(ingest_folder, dedup_folder, cfg), captions_leak=captions_leak)
+    said = [(r["a"], r["b"], f"paraphrase: {r['text_a'][:60]} / {r['text_b'][:60]}") for r in (load_texts(dedup_folder) if _finished(dedup_folder) else ()) if r["reason"] == "paraphrase"]
+    found = audit_clips(load_clips(ingest_folder), given, _links(ingest_folder, dedup_folder, cfg), captions_leak=captions_leak, said=said)
     found.leaks += list(_bytes_leaks(ingest_folder, given))
     return found
 

@@ -55,6 +55,7 @@ class Recipe:
     keep:int = 2 # Newest checkpoints kept
     keep_every:int = 0 # Checkpoints at multiples of this are kept to the end of the run
     validate_every:int = 0 # Steps between validations; 0: at every checkpoint, where there is something to validate on
+    as_of:str = "" # ISO date: train on what was known then; "" on all there is
 
 def connect(**kw): return replace(Recipe(name="connect", trains=("projector",), projector_lr=2e-3, steps=100), **kw)
 def instruct(**kw): return replace(Recipe(name="instruct", trains=("projector", "lora"), lr=2e-4, projector_lr=5e-4, drop=.1, mix=(("video", .88), ("text", .12))), **kw)
