@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 from video_vlm import dedup as D
 from video_vlm.bench.dedup import incremental_figures, make_pairs, measure_pairs, moving_discs, read_pairs, scale_run, scale_sizes
-from video_vlm.data import VideoVLMError, ingest, IngestConfig, load_clips, open_stage, write_video
+from video_vlm.data import Clip, VideoVLMError, ingest, IngestConfig, load_clips, open_stage, write_video
 from video_vlm.dedup import (DedupConfig, MIRROR, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, content_box, dedup, frame_hashes, hamming,
                              load_clusters, load_texts, lookup, same_text, signature)
 
@@ -194,6 +194,17 @@ def test_captions_that_say_the_same_join_nothing(tmp_path):
     assert found(dedup(st, tmp_path/"02", CFG, embed_text=meaning)) == {(0, 1): "same words", (2, 3): "paraphrase"}
     (out/"texts.parquet").unlink(); assert load_texts(out) == []
     with pytest.raises(VideoVLMError, match="no sentence-transformers"): D.sentence_embedding(tmp_path/"00")
+
+def test_a_sentence_model_from_a_folder_finds_a_paraphrase(tmp_path):
+    "A real sentence-transformers model (a bag of word vectors, random weights): other order, same words, same mean."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    said = ["a dog jumps over the high fence", "over the high fence a dog jumps", "two ships leave the old harbour"]; words = sorted({w for t in said for w in t.split()})
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["?", *words])}, "?")); tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    SentenceTransformer(modules=[StaticEmbedding(tok, embedding_dim=32)], device="cpu").save(str(tmp_path/"m")); embed = D.sentence_embedding(tmp_path/"m")
+    assert embed.name.startswith("m:") and embed(said).shape == (3, 32)
+    rows = D.text_pairs([Clip(str(i), f"{i}.mp4", captions=[dict(text=t)]) for i, t in enumerate(said)], embed); assert [(r["a"], r["b"], r["reason"]) for r in rows] == [("0", "1", "paraphrase")]
 
 def test_same_text():
     t = ["a red square moves to the left and then stops", "A red square moves to the left, and then stops.", "three dogs run over the snow in winter"]

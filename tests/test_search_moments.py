@@ -7,7 +7,7 @@ import pytest
 from video_vlm.data import VideoVLMError, write_video
 from video_vlm.encoder import VisualTokens
 from video_vlm.model import load_model
-from video_vlm.moments import LookConfig, answer_from, check_citations, cite, clip_of, find, find_moment, from_zero, index_folder, long_tokens, open_index, part_of, read_facts, rerank, space_of
+from video_vlm.moments import LookConfig, answer_from, check_citations, cite, clip_of, events_of, find, find_moment, find_moments, from_zero, index_folder, long_tokens, open_index, part_of, read_facts, rerank, saliency, sentence_fits, space_of
 from video_vlm.pretrain import checkpoint_folder
 from video_vlm.search import Hit, SearchError, search
 from video_vlm.world import make_scene, render
@@ -65,11 +65,37 @@ def test_nothing_retrieved_is_no_source(vlm):
 @pytest.mark.parametrize("seconds, seed", [(1, 0), (8, 1), (9, 2), (45, 3)])
 def test_moments_lie_inside_the_clip(vlm, seconds, seed):
     n = seconds*2; vt = VisualTokens(np.random.default_rng(seed).normal(size=(n, 16, 128)).astype(np.float16), 100+np.arange(n)/2, 100.5+np.arange(n)/2, "k")
-    assert all(100 <= a < b <= 100+seconds for a, b in find_moment("the red square moves left", vt, *vlm, LookConfig(looks=2)))
+    found = find_moments("the red square moves left", vt, *vlm, LookConfig(looks=2))
+    assert all(100 <= m.start < m.end <= 100+seconds and 0 <= m.confidence <= 1 for m in found) and found == sorted(found, key=lambda m: -m.confidence) and sum(m.confidence for m in found) <= 1+1e-6
+    assert find_moment("the red square moves left", vt, *vlm, LookConfig(looks=2)) == [(m.start, m.end) for m in found]
+    assert all(100 <= e.start < e.end <= 100+seconds and e.text[0].isupper() for e in events_of(part_of(vt, 100, 100+min(seconds, 9)), *vlm))
     assert from_zero(vt).starts[0] == 0 and np.allclose(np.diff(from_zero(vt).starts), np.diff(vt.starts))
     with pytest.raises(SearchError, match="no frames"): part_of(vt, 0., 50.)
     hits = [Hit("c", 100., 100.+min(seconds, 4), 0.), Hit("c", 100., 100.5, 0.)]
     assert set(h.end for h in rerank(hits, "a red square", lambda _: vt, *vlm)) == {h.end for h in hits} and rerank([], "x", None, *vlm) == []
+
+@pytest.mark.parametrize("seconds", [.5, 1, 3, 8.5])
+def test_every_two_seconds_have_a_saliency(vlm, seconds):
+    n = int(seconds*2); vt = VisualTokens(np.random.default_rng(0).normal(size=(n, 16, 128)).astype(np.float16), np.arange(n)/2, np.arange(n)/2+.5, "k")
+    curve = saliency("a red square", vt, *vlm); assert len(curve) == max(1, int(seconds/2)) and np.isfinite(curve).all()
+
+def test_what_happens_is_surer_than_what_does_not(vlm):
+    "Ten scenes: the model always names a time, and knows when there is nothing to time."
+    from video_vlm.frames import FramePlan
+    from video_vlm.world import phrase
+    there, gone, enc = [], [], vlm[0].encoder
+    for i in range(10):
+        s, other = make_scene(92_000_000+i, "easy"), make_scene(92_100_000+i, "easy"); x, t = render(s, (128, 128), np.arange(0, s.seconds-.01, .25))
+        plan = FramePlan(tuple(t.tolist()), 0., s.seconds, size=enc.size, group=enc.group, tokens_per_group=enc.tokens_per_group)
+        vt = VisualTokens(np.asarray(enc.encode(x, plan), np.float16), *np.array(plan.group_spans, np.float64).T, "k")
+        for made, q in ((there, phrase(s, s.events[0])), (gone, phrase(other, other.events[0]))): made.append(max((m.confidence for m in find_moments(q, vt, *vlm)), default=0.))
+    assert np.median(there) > 10*np.median(gone) and np.mean([a > b for a in there for b in gone]) > .8
+
+def test_the_right_sentence_fits_best(vlm, videos):
+    from video_vlm.world import captions
+    lines = [captions(make_scene(91_000_000+i, "easy"))[0] for i in range(8)]; vt = long_tokens(clip_of(videos/"scene0.mp4"), vlm[0].encoder)
+    few, all_ = sentence_fits(*vlm, lines, look=3)(vt), sentence_fits(*vlm, lines)(vt)
+    assert (few > -1e3).sum() == 3 and np.allclose(few[few > -1e3], all_[few > -1e3], atol=1e-2) and all_.argmax() == 0 and (all_ > -1e3).all()
 
 def test_pieces_make_the_whole(vlm, videos):
     c, enc = clip_of(videos/"scene0.mp4"), vlm[0].encoder
@@ -112,6 +138,16 @@ def command(capsys, monkeypatch, *words):
     try: main(); code = 0
     except SystemExit as e: code = e.code or 0
     return code, *capsys.readouterr()
+
+def test_the_command_that_finds_a_moment(videos, capsys, monkeypatch, tmp_path):
+    from PIL import Image
+    run = lambda *w: command(capsys, monkeypatch, "moment", *w)
+    code, said, err = run(videos/"scene0.mp4", "something moves", "-k", 2, "--out", tmp_path/"new"/"m.png"); lines = said.splitlines()
+    assert code == 0 and 1 <= sum("sure 0." in l for l in lines) <= 2 and "s - " in lines[0] and Image.open(tmp_path/"new"/"m.png").width > 300, err
+    code, said, _ = run(videos/"scene0.mp4", "something moves", "--out", tmp_path/"m.html"); assert code == 0 and "data:image/jpeg" in (tmp_path/"m.html").read_text()
+    for words, what in (((videos/"broken.mp4", "x"), "no media container"), ((videos/"no.mp4", "x"), "does not exist"), ((videos, "x"), "is a folder"), ((videos/"scene0.mp4", " ?"), "which moment"), ((videos/"scene0.mp4", "x", "-k", 0), "1 or more"),
+                        ((videos/"scene0.mp4", "x", "--out", tmp_path/"m.gif"), ".png or .html"), ((videos/"scene0.mp4", "x", "--model", "no/such"), "no/such")):
+        code, said, err = run(*words); assert code == 2 and what in err and not said and len([l for l in err.splitlines() if l.strip()]) == 1, (words, err)
 
 def test_commands(indexed, videos, capsys, monkeypatch, tmp_path):
     out, run = indexed[0], lambda *w: command(capsys, monkeypatch, *w)

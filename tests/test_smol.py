@@ -44,8 +44,11 @@ def test_smollm2_starts_from_the_tiny_tower(tmp_path, note):
     facts = S.first_token(model, proc, v)
     note("smol on this machine", facts)
     assert facts["peak_gb"] < 3 and "Paris" in M.answer(model, proc, None, "What is the capital of France?", max_new_tokens=12)
-    M.add_lora(model, r=8); folder = M.save_adapter(model, tmp_path/"a", language_model="smollm2-135m")
+    M.add_lora(model, r=8)
+    for q in model.parameters():
+        if q.requires_grad: q.data = q.data.bfloat16().float()        # as they are saved
+    folder = M.save_adapter(model, tmp_path/"a", language_model="smollm2-135m")
     assert sum(f.stat().st_size for f in folder.iterdir()) < 12e6
     want = model(**proc(M.ask_messages("Which?"), v)).logits
     again, _ = S.smol_parts(); M.load_adapter(again, folder, merge=True)
-    assert (again(**proc(M.ask_messages("Which?"), v)).logits-want).abs().max() < .1
+    assert (again(**proc(M.ask_messages("Which?"), v)).logits-want).abs().max() < 1e-3

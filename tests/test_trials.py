@@ -82,7 +82,7 @@ def test_a_policy_is_estimated_from_what_was_explored(explored, say):
     assert "0.4" in say("experiment", explored, "--policy", "base", "--metric", "liked")[1].splitlines()[1]
 
 @pytest.mark.parametrize("words,said", [(("--policy", "tuned"), "--metric"), (("--policy", "other", "--metric", "liked"), "no choice that could have been other"), (("--policy", "a=x", "--metric", "liked"), "shares that sum to 1"), (("--policy", "tuned", "--metric", "smiles"), "no outcome"),
-    (("--policy", "tuned", "--metric", "liked/requests"), "no outcome"), (("--policy", "tuned", "--metric", "liked", "--name", "x"), "in experiment 'x'"), (("--metric", "liked"), "--name"), (("--name", "x", "--metric", "liked"), "no trial ran")])
+    (("--policy", "tuned", "--metric", "liked/requests"), "no outcome"), (("--policy", "tuned", "--metric", "liked", "--name", "x"), "in experiment 'x'"), (("--metric", "liked"), "--name"), (("--policy", "tuned", "--metric", "liked", "--cluster", "tenant"), "only"), (("--name", "x", "--metric", "liked"), "no trial ran")])
 def test_a_mistake_is_one_line(explored, say, words, said):
     code, out = say("experiment", explored, *words); assert code == 2 and said in out and len(out.strip().splitlines()) == 1, out
 

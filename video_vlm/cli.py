@@ -985,6 +985,7 @@ def experiment(exposures: Annotated[str, typer.Argument(help="Exposure log (JSON
     from video_vlm.experiments import AnalysisConfig, Experiment, analyse_files, parse_metric, report_html, shares_of
     place = Path(existing(exposures, "file of exposures"))
     if not metric: raise VideoVLMError("measured by what? give --metric FIELD, for example --metric liked/requests")
+    if policy and (outcomes or variants or cluster or planned or html): raise VideoVLMError("--policy takes --metric and --name only: it reads a server's own log")
     if policy: return _off_policy(place, policy, metric, name)
     if not name: raise VideoVLMError("which experiment? give --name (or --policy, for what was explored)")
     if not outcomes and not place.is_dir(): raise VideoVLMError("outcomes are missing: give a second file, or the state folder of a server")

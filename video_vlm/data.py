@@ -1196,8 +1196,8 @@ def _known(items, day): return [o for o in items if o["known_at"] and o["known_a
 
 def iso_day(day:str) -> str:
     "An ISO date (or year, or year and month) as given; raises `VideoVLMError` where it is none."
-    try: datetime.strptime(day, {4: "%Y", 7: "%Y-%m", 10: "%Y-%m-%d"}.get(len(day), ""))
-    except (ValueError, TypeError): raise VideoVLMError(f"{day}: expected an ISO date such as 2025-12-31") from None
+    try: datetime.strptime(day, {4: "%Y", 7: "%Y-%m", 10: "%Y-%m-%d"}[len(day)])
+    except (ValueError, TypeError, KeyError): raise VideoVLMError(f"{day!r}: expected an ISO date such as 2025-12-31") from None
     return day
 
 def as_of(clips, day:str) -> list:

@@ -83,6 +83,8 @@ def funnel_rows(run:DataRun) -> list:
 def _card(title, text, picture=None, tag="", note=""):
     return dict(question=title, answer=text, skill=tag, note=note, truth="", correct=True, uri=picture_uri(picture) if picture is not None else "")
 
+def _table(head, rows, title=""): return dict(kind="table", title=title, head=head, rows=rows)
+
 def _sheet(clip, n):
     "Contact sheet of a clip with the times of its frames, None where it cannot be read any more."
     try: return show_frames(read_frames_safely(clip.uri, np.linspace(0, clip.duration, n, endpoint=False), size=(112, max(2, round(112*clip.height/max(1, clip.width))))), cols=n)
@@ -159,8 +161,6 @@ def split_plot(run:DataRun, key=_binned_length) -> str:
             n = np.array([counts[s][v]/max(1, sum(counts[s].values())) for s in NAMES]); ax.barh(NAMES, n, left=left, color=PALETTE[k % len(PALETTE)], label=str(v)); left += n
         ax.invert_yaxis(); ax.set_xlabel("share of the side"); ax.grid(axis="y", visible=False); ax.legend(frameon=False, ncols=6, loc="lower left", bbox_to_anchor=(0, 1))
     return figure_svg(draw, height=2.2)
-
-def _table(head, rows, title=""): return dict(kind="table", title=title, head=head, rows=rows)
 
 def refused_blocks(run:DataRun, cfg=DataReportConfig()) -> list:
     "Tables of refused files: how many for which reason, and each by name."

@@ -65,6 +65,7 @@ def side(x:float, fractions) -> str:
     "The split that a number in [0,1) falls into."
     return NAMES[int(np.searchsorted(np.cumsum(fractions)[:2], x, side="right"))]
 
+# %% ../nbs/01a_splits.ipynb #ca9ccd18
 def _column(c, name):
     "What a clip has in a column: a flag `name=value`, else the field of that name; measures fall into octaves, since no two clips last equally long."
     v = next((f.split("=", 1)[1] for f in c.flags if f.startswith(name + "=")), getattr(c, name, ""))
@@ -80,6 +81,7 @@ def _stratum(clips, cfg):
     "The most frequent combination of the stratified columns in an atom."
     return Counter(tuple(_column(c, s) for s in cfg.stratify) for c in clips).most_common(1)[0][0]
 
+# %% ../nbs/01a_splits.ipynb #e22880f5
 def assign(clips, atom:dict, cfg:SplitConfig=SplitConfig(), previous:dict|None=None) -> dict:
     "Atom -> split. Atoms in `previous` keep their split."
     members, out = defaultdict(list), dict(previous or {})

@@ -12,6 +12,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .data import VideoVLMError, atomic_write
 from .experiments import Assignment, Exploration, Experiment, ExperimentError, Experiments, ExposureLog, explore, off_policy, read_lines
 from .flywheel import RequestLog
@@ -64,24 +65,28 @@ class Trials:
         adapter, facts = self.explored(now.exploration, id, *found) if now.exploration and not held else found
         return adapter, dict(facts, unit=unit, assignments=met)
 
-    def anyway(self, chat, tenant, id):
-        "What the hooks behind this one say: the router of a registry, else the base."
-        behind = self.gw.hooks.adapter
-        behind = behind[behind.index(self.choose)+1:] if self.choose in behind else behind
-        return next((found for f in behind if (found := f(chat, tenant, id)) is not None), ("", {}))
+# %% ../nbs/09ag_trials.ipynb #9170edb3
+@patch
+def anyway(self:Trials, chat, tenant, id):
+    "What the hooks behind this one say: the router of a registry, else the base."
+    behind = self.gw.hooks.adapter
+    behind = behind[behind.index(self.choose)+1:] if self.choose in behind else behind
+    return next((found for f in behind if (found := f(chat, tenant, id)) is not None), ("", {}))
 
-    def explored(self, e, id, adapter, facts):
-        "The same, or with a share one of the options; not while a canary moves the shares itself."
-        usual = adapter or "base"
-        if facts.get("propensity", 1.) < 1: return adapter, facts
-        options = sorted({usual, *self.loaded(e.options)}); choice, p = explore(id, usual, options, e.share)
-        told = dict(propensity=p, action=choice, options=options)
-        return (adapter, {"variant": "base", **facts, **told}) if choice == usual else ("" if choice == "base" else choice, dict(variant=choice, **told))
+@patch
+def explored(self:Trials, e, id, adapter, facts):
+    "The same, or with a share one of the options; not while a canary moves the shares itself."
+    usual = adapter or "base"
+    if facts.get("propensity", 1.) < 1: return adapter, facts
+    options = sorted({usual, *self.loaded(e.options)}); choice, p = explore(id, usual, options, e.share)
+    told = dict(propensity=p, action=choice, options=options)
+    return (adapter, {"variant": "base", **facts, **told}) if choice == usual else ("" if choice == "base" else choice, dict(variant=choice, **told))
 
-    def answered(self, answer, prep, facts):
-        "The exposures, once the user has seen a token."
-        for a in () if prep is None else prep.facts.pop("assignments", ()):
-            if answer.first is not None: self.log.log(a, prep.facts["unit"], prep.tenant)
+@patch
+def answered(self:Trials, answer, prep, facts):
+    "The exposures, once the user has seen a token."
+    for a in () if prep is None else prep.facts.pop("assignments", ()):
+        if answer.first is not None: self.log.log(a, prep.facts["unit"], prep.tenant)
 
 # %% ../nbs/09ag_trials.ipynb #6ff20d1b
 def outcome_of(row) -> dict:

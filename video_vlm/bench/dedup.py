@@ -261,6 +261,7 @@ def scale_sizes(scale, quick) -> tuple:
     try: return tuple(int(float(x)) for x in str(scale).split(",") if x.strip())
     except ValueError: raise VideoVLMError(f"scale: expected sizes such as 1e4,1e5,1e6, not {scale!r}") from None
 
+# %% ../../nbs/benchmarks/dedup.ipynb #ba0e0abb
 def _embedding_of(model):
     "`embed` of a preset's checkpoint or a checkpoint folder."
     from video_vlm.model import load_model

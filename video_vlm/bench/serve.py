@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIVATE', 'write_clip', 'ask', 'session', 'counts', 'median', 'known_clip', 'crowd', 'beside_a_job', 'http_first',
            'Client', 'engine_first', 'loop_cpu', 'overhead', 'overload', 'Traps', 'png_bomb', 'hostile_body',
-           'strangers', 'claim', 'EncodeCount', 'PlainServer', 'plain_clip', 'plain_vllm', 'run', 'trained_checkpoint',
+           'strangers', 'claim', 'EncodeCount', 'PlainServer', 'plain_clip', 'plain_vllm', 'trained_checkpoint', 'run',
            'in_process']
 
 # %% ../../nbs/benchmarks/serve.ipynb #548c96be
@@ -292,6 +292,13 @@ def plain_vllm(checkpoint, clip, folder, n) -> dict:
     except (VideoVLMError, httpx.HTTPError) as e: return dict(plain_vllm_error=str(e)[:300])
     return dict(plain_vllm_ttft_first_s=first, plain_vllm_ttft_known_s=median(later), plain_vllm_encodes=encodes, plain_vllm_ttft_restart_s=again, plain_vllm_restart_encodes=restarted)
 
+# %% ../../nbs/benchmarks/serve.ipynb #683fcb4a
+def trained_checkpoint() -> str:
+    "The checkpoint that the repository keeps, if it is here."
+    from video_vlm.pretrain import checkpoint_folder
+    try: return str(checkpoint_folder("tiny"))
+    except VideoVLMError: return ""
+
 # %% ../../nbs/benchmarks/serve.ipynb #1ce3b71c
 def run(quick:bool=False, checkpoint:str="", engine:str="auto") -> dict:
     "All figures. `checkpoint` empty: the repository's own, or a small random model, which costs what a trained one of its size costs."
@@ -316,12 +323,6 @@ def run(quick:bool=False, checkpoint:str="", engine:str="auto") -> dict:
     if kind == "vllm": out.update(**in_process(replace(cfg, folder=str(tmp/"inprocess")), args[1], long, clips, quiet, quick), **plain_vllm(checkpoint, long, tmp, 3 if quick else 8))
     if "plain_vllm_ttft_known_s" in out: out["known_over_plain_vllm"] = out["ttft_known_s"]/out["plain_vllm_ttft_known_s"]
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in out.items()}
-
-def trained_checkpoint() -> str:
-    "The checkpoint that the repository keeps, if it is here."
-    from video_vlm.pretrain import checkpoint_folder
-    try: return str(checkpoint_folder("tiny"))
-    except VideoVLMError: return ""
 
 def in_process(cfg, engine_cfg, clip, clips, quiet, quick) -> dict:
     "The figures of a known clip, of many clients and of a restart on the engine without vLLM."
