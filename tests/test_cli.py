@@ -71,7 +71,7 @@ def test_subtitles_beside_a_video_are_read_with_it(tmp_path, monkeypatch):
     assert code == 0 and not asked[2] and "does not fit and is left out" in out
 
 def test_what_is_written_is_written_here(tmp_path):
-    code, out, err = cli("dedup", "x", "--out", "s3://bucket/y", cwd=tmp_path); assert code == 2 and "local or mounted" in err and not any(tmp_path.iterdir())
+    code, out, err = cli("train", "--data", "x", "--out", "s3://bucket/y", cwd=tmp_path); assert code == 2 and "local or mounted" in err and not any(tmp_path.iterdir())
 
 def test_people_measure_the_judge(tmp_path):
     save_pairs([Pair(f"v{i}.mp4", "What?", f"good {i}", f"bad {i}", "facts") for i in range(20)], tmp_path/"pairs.jsonl")

@@ -9,8 +9,8 @@ import pytest
 
 from video_vlm import data
 from video_vlm.data import (IngestConfig, Limits, MediaError, REASONS, Sample, VideoVLMError, as_of, add_text, caption_clips, chat, content_id, fetch_url, ingest,
-                            isolated, load_clips, load_samples, open_stage, probe, public_address, read_annotations, read_small, save_samples, tiny_clips,
-                            sphinx, training_clips, transcribe, whisper, write_video)
+                            isolated, is_remote_stage, load_clips, load_samples, open_stage, probe, public_address, read_annotations, read_small, save_samples, tiny_clips,
+                            send_stage, sphinx, stage_copy, training_clips, transcribe, whisper, write_video)
 
 SHARED = Path(__file__).parents[2]/"shared"/"data"
 QUIET = IngestConfig(progress=False, workers=2)
@@ -146,6 +146,61 @@ def test_no_videos(tmp_path):
     (tmp_path/"e").mkdir()
     with pytest.raises(VideoVLMError, match="no videos"): ingest(tmp_path/"e", tmp_path/"out", QUIET)
     with pytest.raises(VideoVLMError, match="does not exist"): ingest(tmp_path/"nope", tmp_path/"out", QUIET)
+
+# -- object storage -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    "An object store in memory (no rename, no append), and a cache for the copies of this machine."
+    import fsspec
+    fs = fsspec.filesystem("memory"); fs.store.clear(); monkeypatch.setenv("VIDEO_VLM_STAGES", str(tmp_path/"cache")); yield fs; fs.store.clear()
+
+def test_stages_by_url_from_the_command_line(clips, tmp_path, bucket, monkeypatch, capsys):
+    from video_vlm.cli import main
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["video-vlm", *map(str, words)])
+        with pytest.raises(SystemExit) as e: main()
+        return e.value.code or 0, capsys.readouterr()
+    code, said = run("ingest", clips[0].parent, "--out", "memory://b/mine/00_ingest"); assert code == 0 and "files sent to memory://b/mine/00_ingest" in said.out
+    assert bucket.exists("/b/mine/00_ingest/manifest.json") and not any(f.endswith((".lock", ".tmp")) for f in bucket.find("/b"))
+    monkeypatch.setenv("VIDEO_VLM_STAGES", str(tmp_path/"another machine"))
+    code, said = run("dedup", "memory://b/mine/00_ingest", "--out=memory://b/mine/01_dedup"); assert code == 0 and "2 clips in 2 clusters" in said.out and "memory://b/mine/01_dedup" in said.out
+    code, said = run("split", "memory://b/mine/00_ingest", "memory://b/mine/01_dedup", "--out", tmp_path/"local"); assert code == 0 and (tmp_path/"local"/"splits.parquet").exists()
+    code, said = run("clips", "memory://b/mine/00_ingest"); assert code == 0 and len(said.out.splitlines()) == 2
+    code, said = run("dedup", "memory://b/mine/00_ingest", "--out", "memory://b/mine/01_dedup"); assert code == 0, "run again: it goes on from what is there"
+    for words, why in ((("dedup", "memory://b/nothing", "--out", tmp_path/"o"), "does not exist"), (("encode", "memory://b/mine/00_ingest", "--out", "nowhere://x"), "nowhere"), (("report", "--out", "memory://b/x"), "local or mounted"), (("ingest", "x", "--folder=memory://b/x"), "local or mounted")):
+        code, said = run(*words); assert code == 2 and why in said.err, (words, said)
+
+def test_a_stage_that_was_half_sent_is_no_stage(clips, tmp_path, bucket, monkeypatch):
+    url = "memory://b/00"; work = ingest(clips[0].parent, stage_copy(url), QUIET); put, sent = type(bucket).put_file, []
+    def dies(self, *a, **k):
+        if len(sent) == 2: raise KeyboardInterrupt
+        sent.append(a); return put(self, *a, **k)
+    monkeypatch.setattr(type(bucket), "put_file", dies)
+    with pytest.raises(KeyboardInterrupt): send_stage(work, url)
+    assert not is_remote_stage(url) and len(bucket.find("/b")) == 2 and not stage_copy(url, tmp_path/"other").exists()
+    monkeypatch.setattr(type(bucket), "put_file", put); assert send_stage(work, url) > 1 and is_remote_stage(url) and send_stage(work, url) == 0
+    assert [c.id for c in load_clips(stage_copy(url, tmp_path/"other"))] == [c.id for c in load_clips(work)]
+    (clips[0].parent/"late.mp4").write_bytes(clips[0].read_bytes() + b"\0"*9); ingest(clips[0].parent, work, QUIET); n = send_stage(work, url); assert 1 < n < len(bucket.find("/b")), "only what has changed is sent"
+    assert len(load_clips(stage_copy(url, tmp_path/"other"))) == 3 and not list(tmp_path.rglob("coming"))
+
+def test_a_read_that_breaks_off_and_a_name_that_leads_out(clips, tmp_path, bucket, monkeypatch):
+    url = "memory://b/00"; send_stage(ingest(clips[0].parent, stage_copy(url), QUIET), url); there = tmp_path/"other"; get, got = type(bucket).get_file, []
+    def dies(self, *a, **k):
+        if len(got) == 2: raise OSError("line is dead")
+        got.append(a); return get(self, *a, **k)
+    monkeypatch.setattr(type(bucket), "get_file", dies)
+    with pytest.raises(VideoVLMError, match="line is dead"): stage_copy(url, there)
+    assert not list(there.rglob("manifest.json")); monkeypatch.setattr(type(bucket), "get_file", get)
+    assert len(load_clips(stage_copy(url, there))) == 2
+    monkeypatch.setattr(type(bucket), "find", lambda self, p, **k: ["/b/00/../../out"]); bucket.rm("/b/00/manifest.json"); bucket.pipe("/b/00/manifest.json", b"{}")
+    with pytest.raises(VideoVLMError, match="outside of the folder"): stage_copy(url, there)
+
+def test_what_was_brought_moves_with_its_folder(clips, tmp_path, bucket):
+    for c in clips: bucket.pipe(f"/in/{c.name}", c.read_bytes())
+    url = "memory://b/00"; work = ingest("memory://in", stage_copy(url), QUIET); send_stage(work, url); other = stage_copy(url, tmp_path/"other")
+    import shutil
+    shutil.rmtree(work); moved = load_clips(other); assert all(Path(c.uri).exists() and Path(c.uri).is_relative_to(other) for c in moved) and len(moved) == 2
+    before = {f: f.stat().st_mtime_ns for f in (other/"media").iterdir()}; ingest("memory://in", other, QUIET); assert {f: f.stat().st_mtime_ns for f in (other/"media").iterdir()} == before and len(load_clips(other)) == 2
 
 # -- annotations ----------------------------------------------------------------------------------------------------
 def test_chat_samples_and_dropped_ones(clips, tmp_path):

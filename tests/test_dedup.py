@@ -1,5 +1,5 @@
 "Near-duplicates: real pairs, killed runs, incremental runs, the guard, the index."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
@@ -155,6 +155,15 @@ def test_an_embedding_finds_what_pictures_do_not_try(fast, tower, tmp_path):
     with pytest.raises(VideoVLMError, match="embed: .*none here"): dedup(fast, plain, CFG)
     other = lambda f: f.mean((1, 2)); other.name = "other"
     with pytest.raises(VideoVLMError, match="another DedupConfig"): dedup(fast, plain, CFG, embed=other)
+
+def test_both_signals_by_command(fast, tower, tmp_path):
+    from typer.testing import CliRunner
+    from video_vlm.cli import app
+    call = lambda *a: CliRunner().invoke(app, ["dedup", str(fast), "--out", str(tmp_path/"o"), *map(str, a)])
+    r = call("--embed", tower); assert r.exit_code == 0 and "links by the embedding alone" in r.output and "captions say the same: 0" in r.output, r.output
+    (tmp_path/"llama").mkdir(); (tmp_path/"llama"/"config.json").write_text('{"model_type": "llama"}')
+    for bad, why in (((), "embed: .*none here"), (("--embed", "no/where"), "no vision model"), (("--embed", ""), "give tiny"), (("--embed", fast), "no vision model"), (("--embed", tmp_path/"llama"), "is a llama"), (("--embed", tower, "--text-model", fast), "no sentence-transformers")):
+        e = call(*bad).exception; assert isinstance(e, VideoVLMError) and re.search(why, str(e)), (bad, e)
 
 def test_embeddings_are_made_once_and_a_killed_run_goes_on(fast, tower, tmp_path):
     embed, calls = D.siglip_tower(tower), []

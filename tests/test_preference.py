@@ -55,6 +55,21 @@ def test_the_constitution_comes_with_the_package_and_says_what_is_missing(tmp_pa
     assert P.load_constitution(tmp_path/"mine.md")[0] == P.Principle("short", "Say little.", "Is it long?", "Shorten it.")
     with pytest.raises(P.PreferenceError, match="does not exist"): P.load_constitution(tmp_path/"none.md")
 
+def test_facts_teach_only_what_the_model_doubts():
+    "Wrong and doubted is left out; wrong and believed stays; where all is true, the caption that lacks something loses."
+    truth = dict(objects=["red circle", "blue star"], events=[dict(phrase="the red circle spins")])
+    text = "There is a red circle, a blue star and a green ring; the red circle spins, then the blue star bounces."
+    doubts = {"green ring": .1, "red circle": .3}
+    teach = P.by_facts({"v": truth}, lambda v, t: [(c, doubts.get(c.text, .9)) for c in P.claims(t)])
+    revised, found = teach("v", "?", [text, text])
+    first, fuller = found
+    assert first.rejected == text and {c.text for c in P.claims(text)}-{c.text for c in P.claims(first.chosen)} == {"green ring"} and revised == [p.chosen for p in found]
+    assert fuller.chosen == text and P.check_caption(fuller.rejected, truth)["told"] < 3      # a wrong claim that it believes in is no lesson: the text as it was against one that lacks a truth
+    right = "There is a red circle and a blue star; the red circle spins."
+    (only,) = teach("v", "?", [right])[1]
+    assert only.chosen == right and P.check_caption(only.rejected, truth)["wrong"] == 0 and P.check_caption(only.rejected, truth)["told"] < 3
+    assert teach("v", "?", [right])[1] == [only] and teach("v", "?", ["There is a green ring."]) == ([], [])
+
 def test_kappa_is_sklearns_and_its_interval_covers():
     from sklearn.metrics import cohen_kappa_score
     rng, hits, n, p = np.random.default_rng(0), 0, 40, .85
@@ -252,6 +267,6 @@ def test_own_clips_are_judged_by_a_model_that_reads_the_constitution(tmp_path):
     assert [bool(p["error"]) for p in pools] == [Path(p["video"]).name == broken for p in pools] and any(p["revised"] for p in pools)
     assert found and all(p.by == "model:big" and P.check_caption(p.chosen, truths[Path(p.video).name])["wrong"] == 0 for p in found)
     before = len(asked); (out/"pairs.jsonl").unlink()
-    P.draw_pairs(model, processor, [(p["video"], p["prompt"]) for p in pools], None, None, journal=out/"pools.jsonl")
+    P.draw_pairs(model, processor, [(p["video"], p["prompt"]) for p in pools], None, say, journal=out/"pools.jsonl")
     assert len(asked) == before
-    with pytest.raises(P.PreferenceError, match="other clips"): P.draw_pairs(model, processor, [("else", "x")], None, None, journal=out/"pools.jsonl")
+    with pytest.raises(P.PreferenceError, match="other clips"): P.draw_pairs(model, processor, [("else", "x")], None, say, journal=out/"pools.jsonl")

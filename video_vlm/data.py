@@ -7,10 +7,10 @@ __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', '
            'write_video', 'tiny_clips', 'Probe', 'media_errors', 'best_video', 'display_size', 'Timeline', 'timeline',
            'probe', 'isolated', 'content_id', 'hash_folder', 'utc_now', 'Clip', 'Sample', 'atomic_write',
            'save_samples', 'load_samples', 'finish_stage', 'open_stage', 'nearest', 'read_small', 'parse_subtitles',
-           'iso', 'public_address', 'fetch_url', 'IngestConfig', 'Source', 'chat', 'read_annotations', 'expand',
-           'examine', 'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows', 'erased',
-           'iso_day', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper', 'transcribe',
-           'sphinx', 'datasheet']
+           'iso', 'public_address', 'fetch_url', 'IngestConfig', 'Source', 'file_system', 'chat', 'read_annotations',
+           'expand', 'examine', 'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows',
+           'erased', 'iso_day', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper',
+           'transcribe', 'sphinx', 'datasheet', 'is_remote_stage', 'stage_copy', 'send_stage']
 
 # %% ../nbs/00_data.ipynb #3a4c3924
 import atexit, csv, hashlib, importlib.util, itertools, json, os, pickle, re, signal, subprocess, sys, threading, time
@@ -25,6 +25,7 @@ from glob import glob, has_magic
 from io import BytesIO
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -760,10 +761,20 @@ def _bring(src:Source, path, cfg):
     elif src.key.startswith(("http://", "https://")): fetch_url(src.key, path, cfg.limits, cfg.allow_hosts)
     else: _bring_fsspec(src.key, path, cfg.limits)
 
-def _bring_fsspec(url, path, limits):
+def file_system(url) -> tuple:
+    "(fsspec file system, path) of a URL. Where s3fs is not installed, `s3://` goes through the client that pyarrow brings, which takes keys and AWS_ENDPOINT_URL from the environment."
     import fsspec
+    try: return fsspec.core.url_to_fs(url)
+    except ImportError:
+        if not url.startswith("s3://"): raise
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow.fs import S3FileSystem
+    at = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+    return ArrowFSWrapper(S3FileSystem(**(dict(endpoint_override=at.netloc, scheme=at.scheme) if at.netloc else {}))), url.removeprefix("s3://")
+
+def _bring_fsspec(url, path, limits):
     try:
-        fs, p = fsspec.core.url_to_fs(url)
+        fs, p = file_system(url)
         if (fs.size(p) or 0) > limits.max_bytes: raise MediaError("too_large", url)
         with fs.open(p, "rb") as f, atomic_write(path, "wb") as g:
             while chunk := f.read(1<<20): g.write(chunk)
@@ -803,11 +814,10 @@ def _tar_or_broken(path):
 # %% ../nbs/00_data.ipynb #ea2e7133
 def _url_sources(url, out, cfg) -> list:
     "A URL is a video, a tar shard, or (fsspec) a folder or glob of those."
-    import fsspec
     if url.split("?")[0].endswith(".tar"):
         src = Source(url); path = _local(src, out)[:-4] + ".tar"; _bring(src, path, cfg); return _tar_sources(path)
     if url.startswith(("http://", "https://")): return [Source(url, dict(source=url))]
-    try: fs, p = fsspec.core.url_to_fs(url); found = fs.glob(p) if has_magic(p) else fs.find(p)
+    try: fs, p = file_system(url); found = fs.glob(p) if has_magic(p) else fs.find(p)
     except (ImportError, OSError, ValueError) as e: raise VideoVLMError(f"cannot list {url}: {e}") from None
     shards = [o for f in found if f.endswith(".tar") for o in _url_sources(fs.unstrip_protocol(f), out, cfg)]
     return [Source(fs.unstrip_protocol(f), _remote_beside(fs, f, set(found))) for f in found if Path(f).suffix.lower() in VIDEO_SUFFIXES] + shards
@@ -1039,7 +1049,10 @@ def _rows(folder):
     import pyarrow.parquet as pq
     rows = {}
     for f in _shards(folder):
-        for r in pq.read_table(f, partitioning=None).to_pylist(): rows[r["uri"]] = r
+        for r in pq.read_table(f, partitioning=None).to_pylist():
+            brought = Path(folder)/"media"/os.path.basename(r["uri"])      # the folder may have moved, and what was brought into it with it
+            if os.path.dirname(r["uri"]).endswith("/media") and r["uri"] != str(brought) and not os.path.exists(r["uri"]) and brought.exists(): r["uri"] = str(brought)
+            rows[r["uri"]] = r
     return [rows[k] for k in sorted(rows)]
 
 # %% ../nbs/00_data.ipynb #c319d0fe
@@ -1348,3 +1361,61 @@ def datasheet(clips, out, posters:int=12) -> Path:
     with atomic_write(Path(out)/"datasheet.html") as f: f.write(f"<!doctype html><meta charset=utf-8><title>Datasheet</title><body style='font:14px sans-serif;max-width:50em;margin:2em auto'><h1>Datasheet</h1><p>{escape(lead)}</p>{_posters(clips, posters)}{html}</body>")
     with atomic_write(Path(out)/"datasheet.md") as f: f.write("".join(md))
     return Path(out)/"datasheet.md"
+
+# %% ../nbs/00_data.ipynb #903892d1
+@contextmanager
+def _bucket_errors(url):
+    "One typed error for whatever a storage library raises."
+    try: yield
+    except (VideoVLMError, KeyboardInterrupt): raise
+    except Exception as e: raise VideoVLMError(f"{url}: {type(e).__name__}: {(str(e) or 'no answer').splitlines()[0][:200]}") from None
+
+def _bucket(url):
+    "`file_system` as it is at this moment."
+    fs, p = file_system(url); fs.invalidate_cache()
+    return fs, p.rstrip("/")
+
+def _known_of(local): f = local.parent/"known.json"; return json.loads(f.read_text()) if f.exists() else dict(manifest="", files={})
+
+def _note(local, manifest):
+    "Write down which state of the URL the folder holds, and what its files were then."
+    files = {p.relative_to(local).as_posix(): [p.stat().st_size, p.stat().st_mtime_ns] for p in local.rglob("*") if p.is_file()}
+    with atomic_write(local.parent/"known.json") as f: json.dump(dict(manifest=hashlib.sha256(manifest).hexdigest(), files=files), f)
+
+def _manifest_there(fs, p): return fs.cat_file(f"{p}/manifest.json") if fs.exists(f"{p}/manifest.json") else None
+
+def is_remote_stage(url) -> bool:
+    "Is there a finished stage at an fsspec URL?"
+    with _bucket_errors(url): return _manifest_there(*_bucket(url)) is not None
+
+# %% ../nbs/00_data.ipynb #c78114dd
+def stage_copy(url:str, cache=None) -> Path:
+    "The local folder that stands for the stage at an fsspec URL, below `cache` (VIDEO_VLM_STAGES, else ~/.cache/video_vlm/stages). A finished stage that is there and not known here is brought, whole or not at all; raises `VideoVLMError`."
+    import shutil
+    with _bucket_errors(url):
+        fs, p = _bucket(url); root = Path(cache or os.environ.get("VIDEO_VLM_STAGES") or Path.home()/".cache"/"video_vlm"/"stages")
+        local = root.absolute()/hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]/(p.rsplit("/", 1)[-1] or "stage"); there = _manifest_there(fs, p)
+        if there is None or hashlib.sha256(there).hexdigest() == _known_of(local)["manifest"]: return local
+        coming = local.with_name("coming"); shutil.rmtree(coming, ignore_errors=True)
+        for f in fs.find(p):
+            rel = f[len(p)+1:]; to = coming/rel
+            if not to.resolve().is_relative_to(coming.resolve()): raise VideoVLMError(f"{url} holds {rel!r}, which would be written outside of the folder")
+            to.parent.mkdir(parents=True, exist_ok=True); fs.get_file(f, str(to))
+        if _manifest_there(*_bucket(url)) != there or not (coming/"manifest.json").exists() or (coming/"manifest.json").read_bytes() != there: raise VideoVLMError(f"{url} was changed while it was read: run the same command again")
+        (local.parent/"known.json").unlink(missing_ok=True); shutil.rmtree(local, ignore_errors=True); os.replace(coming, local); _note(local, there)
+    return local
+
+def send_stage(local, url:str) -> int:
+    "Copy a finished stage folder to the URL that `stage_copy` made it for, the manifest last; what has not changed since it was sent or brought stays. Returns the number of files sent; raises `VideoVLMError`."
+    local = Path(local); open_stage(local); mine = (local/"manifest.json").read_bytes(); known = _known_of(local)
+    if hashlib.sha256(mine).hexdigest() == known["manifest"]: return 0
+    with _bucket_errors(url):
+        fs, p = _bucket(url); there, sizes = _manifest_there(fs, p), {f[len(p)+1:]: i["size"] for f, i in fs.find(p, detail=True).items()}
+        if there is not None and hashlib.sha256(there).hexdigest() != known["manifest"]: raise VideoVLMError(f"{url} was finished by another machine meanwhile: run the same command again, and it goes on from there")
+        if there is not None: fs.rm_file(f"{p}/manifest.json")
+        here = {f.relative_to(local).as_posix(): f for f in local.rglob("*") if f.is_file() and not f.name.endswith((".lock", ".tmp"))}; mf = here.pop("manifest.json")
+        todo = {r: f for r, f in here.items() if known["files"].get(r) != [f.stat().st_size, f.stat().st_mtime_ns] or sizes.get(r) != f.stat().st_size}
+        for r, f in todo.items(): fs.put_file(str(f), f"{p}/{r}")
+        for r in sizes.keys()-here.keys()-{"manifest.json"}: fs.rm_file(f"{p}/{r}")
+        fs.put_file(str(mf), f"{p}/manifest.json"); _note(local, mine)
+    return len(todo)+1

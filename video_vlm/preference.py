@@ -7,10 +7,10 @@ __all__ = ['CRITIQUE', 'REVISE', 'UNSURE', 'COMPARE', 'GOLD_CONFIG', 'Preference
            'wrong_claims', 'check_caption', 'Sampling', 'candidates', 'Principle', 'constitution_file',
            'load_constitution', 'critique', 'revise', 'claim_question', 'claim_checker', 'tell', 'without', 'by_score',
            'fact_score', 'claim_score', 'ask_judge', 'fair', 'verdict', 'swap_test', 'Pair', 'make_pair', 'save_pairs',
-           'load_pairs', 'draw_pairs', 'gold_rows', 'save_gold', 'load_gold', 'agreement', 'label_rows',
-           'PreferenceRecipe', 'dpo', 'ipo', 'kto', 'pair_losses', 'PairSet', 'pair_set', 'step_pairs', 'pair_rows',
-           'preference_loss', 'prefer_step', 'prefer', 'plot_preference', 'align', 'show_captions', 'file_tokens',
-           'by_rules', 'prefer_files']
+           'load_pairs', 'by_judge', 'draw_pairs', 'by_facts', 'gold_rows', 'save_gold', 'load_gold', 'agreement',
+           'label_rows', 'PreferenceRecipe', 'dpo', 'ipo', 'kto', 'pair_losses', 'PairSet', 'pair_set', 'step_pairs',
+           'pair_rows', 'preference_loss', 'prefer_step', 'prefer', 'plot_preference', 'align', 'show_captions',
+           'file_tokens', 'by_rules', 'prefer_files']
 
 # %% ../nbs/05a_preference.ipynb #5afb692c
 import hashlib, json, math, random, re, time
@@ -191,10 +191,9 @@ def by_score(score):
         return .5 if x == y else float(x > y)
     return judge
 
-def fact_score(truths, cost=2., answers={}):
-    "Score by exact facts: true claims less `cost` times wrong ones (`truths`: video id -> facts); where `answers` knows (video, prompt), one for that answer and none for others."
+def fact_score(truths, cost=2.):
+    "Score by exact facts: true claims less `cost` times wrong ones (`truths`: video id -> facts)."
     def score(video, prompt, text):
-        if (video, prompt) in answers: return float(text.strip().lower() == answers[video, prompt].lower())
         c = check_caption(text, truths[video])
         return c["claims"]-c["wrong"]-cost*c["wrong"]
     return score
@@ -269,18 +268,23 @@ def load_pairs(path):
     return out
 
 # %% ../nbs/05a_preference.ipynb #526863e2
-def _pool(video, prompt, said, judge, by, mend):
-    "One row of pools: what was said, its revisions, the pair (or None), and what went wrong; a clip that fails costs its own pair."
-    row = dict(video=video, prompt=prompt, said=said, revised=[], pair=None, error="")
-    try:
-        row["revised"] = [mend(video, t) for t in said] if mend else []
-        pair = make_pair(judge, video, prompt, said+row["revised"], by)
-        return {**row, "pair": asdict(pair) if pair else None}
-    except VideoVLMError as e: return {**row, "error": str(e)}
+def by_judge(judge, mend=None, by="facts", least=.5):
+    "A teacher for `draw_pairs`: the best against the worst of the candidates and their revisions (`mend(video, prompt, text) -> text`), as `judge` finds them."
+    def teach(video, prompt, said):
+        revised = [mend(video, prompt, t) for t in said] if mend else []
+        pair = make_pair(judge, video, prompt, said+revised, by, least)
+        return revised, [pair] if pair else []
+    return teach
 
-def draw_pairs(model, processor, items, tokens, judge, by="facts", k=4, mend=None, temperature=1., seed=0, chunk=16, journal=None, progress=False):
-    """Pairs of `items` (video, prompt): `k` candidates each, and where `mend(video, text) -> text` is given the revision of each, set in pairs by `judge`.
-    Returns (pairs, pools); pools are dicts of video, prompt, said, revised, pair, error. With a `journal` (JSON lines) a stopped run goes on where it was."""
+def _pool(video, prompt, said, teach):
+    "One row of pools: what was said, its revisions, the pairs, and what went wrong; a clip that fails costs its own pairs."
+    try: revised, pairs = teach(video, prompt, said)
+    except VideoVLMError as e: return dict(video=video, prompt=prompt, said=said, revised=[], pairs=[], error=str(e))
+    return dict(video=video, prompt=prompt, said=said, revised=revised, pairs=[asdict(p) for p in pairs], error="")
+
+def draw_pairs(model, processor, items, tokens, teach, k=4, temperature=1., seed=0, chunk=16, journal=None, progress=False):
+    """Pairs of `items` (video, prompt): `k` candidates each, of which `teach(video, prompt, said)` makes (revisions, pairs).
+    Returns (pairs, pools); pools are dicts of video, prompt, said, revised, pairs, error. With a `journal` (JSON lines) a stopped run goes on where it was."""
     from tqdm import tqdm
     pools = [json.loads(l) for l in open(journal, encoding="utf-8")] if journal and Path(journal).exists() else []
     if [(p["video"], p["prompt"]) for p in pools] != [tuple(i) for i in items[:len(pools)]]: raise PreferenceError(f"{journal} was drawn for other clips or another prompt: choose another output folder, or remove it")
@@ -288,10 +292,29 @@ def draw_pairs(model, processor, items, tokens, judge, by="facts", k=4, mend=Non
     for at in range(len(pools), len(items), chunk):
         some = items[at:at+chunk]
         drawn = candidates(model, processor, [(tokens(v) if v else None, q) for v, q in some], k, temperature, seed*1_000_003+at)
-        for (v, q), said in zip(some, drawn): pools.append(_pool(v, q, said, judge, by, mend)); bar.update()
+        for (v, q), said in zip(some, drawn): pools.append(_pool(v, q, said, teach)); bar.update()
         if journal:
             with atomic_write(journal) as f: f.writelines(json.dumps(p, ensure_ascii=False)+"\n" for p in pools)
-    return [Pair(**p["pair"]) for p in pools if p["pair"]], pools
+    return [Pair(**p) for row in pools for p in row["pairs"]], pools
+
+# %% ../nbs/05a_preference.ipynb #5eac0002
+def by_facts(truths, sure, seed=0):
+    """A teacher for `draw_pairs` of captions: from what is wrong by `truths` (video -> facts), that is left out which the model itself doubts (`sure` as of `claim_checker`);
+    and the fullest true version of a caption is preferred to one that lacks something true."""
+    def teach(video, prompt, said):
+        rng, out, met = np.random.default_rng([seed, *hashlib.sha256(f"{video} {prompt}".encode()).digest()[:8]]), {}, set()
+        def add(chosen, rejected):
+            if chosen and rejected and chosen != rejected: out[chosen, rejected] = Pair(video, prompt, chosen, rejected, "facts")
+        for text in dict.fromkeys(said):
+            wrong, doubted = set(wrong_claims(text, truths[video])), {c for c, p in sure(video, text) if p < .5}
+            true, better = without(text, wrong, ""), without(text, wrong & doubted, "")
+            if not true: continue
+            add(better, text)
+            if len(kept := claims(true)) > 2 and true not in met:
+                met.add(true)
+                add(true if wrong <= doubted else text, without(text, [kept[int(rng.integers(len(kept)))]], ""))
+        return [c for c, _ in out], list(out.values())
+    return teach
 
 # %% ../nbs/05a_preference.ipynb #885bef6e
 GOLD_CONFIG = """<View>
@@ -541,13 +564,13 @@ def plot_preference(logs, width=4.2):
     return fig
 
 # %% ../nbs/05a_preference.ipynb #9d5a8823
-def align(model, processor, items, tokens, judge, out, recipe=None, by="facts", mend=None, k=4, temperature=1., gold=50, progress=True, constitution=None):
-    """The whole stage for `items` (video, prompt): candidates, revisions (`mend(video, text)`), pairs by `judge`, a gold subset for people, training. Returns the stage folder.
+def align(model, processor, items, tokens, teach, out, recipe=None, k=4, temperature=1., gold=50, progress=True, constitution=None):
+    """The whole stage for `items` (video, prompt): candidates, their revisions and pairs by `teach`, a gold subset for people, training. Returns the stage folder.
     Raises `PreferenceError` where no pair could be made."""
     out, recipe = Path(out), recipe or dpo()
     out.mkdir(parents=True, exist_ok=True)
     if not (out/"pairs.jsonl").exists():
-        pairs, pools = draw_pairs(model, processor, items, tokens, judge, by, k, mend, temperature, recipe.seed, journal=out/"pools.jsonl", progress=progress)
+        pairs, pools = draw_pairs(model, processor, items, tokens, teach, k, temperature, recipe.seed, journal=out/"pools.jsonl", progress=progress)
         if not pairs: raise PreferenceError(f"no pair among {len(pools)} clips: {next((p['error'] for p in pools if p['error']), 'the judge told no two answers apart')}")
         with atomic_write(out/"constitution.md") as f: f.write(constitution_file(constitution).read_text(encoding="utf-8"))
         save_gold(gold_rows(pairs, gold, recipe.seed), out/"gold.jsonl")
@@ -574,9 +597,9 @@ def file_tokens(encoder, sampling, root, folder):
         return visual_tokens(path, plans[path], encoder, store, read=read_frames_safely)
     return tokens
 
-def by_rules(say, rules, prompt):
-    "(judge, mend) of a model that can read: it compares in both orders, and rewrites what its own critique finds; for answers to `prompt`."
-    return fair(ask_judge(say, rules)), lambda video, text: revise(say, video, prompt, text, critique(say, video, prompt, text, rules))
+def by_rules(say, rules, by=""):
+    "A teacher that can read: `say(video, text)` rewrites what its own critique finds, and compares in both orders."
+    return by_judge(fair(ask_judge(say, rules)), lambda video, prompt, text: revise(say, video, prompt, text, critique(say, video, prompt, text, rules)), by)
 
 def prefer_files(model, processor, source, out, recipe=None, k=4, prompt="Describe the video.", progress=True, say=None, by="", constitution=None):
     """Preference training from `pairs.jsonl`; from a folder with `truth.jsonl` (of `write_world`), in which exact facts judge; or from an ingest folder, in which `say(video, text)`, called `by`, keeps the
@@ -587,10 +610,8 @@ def prefer_files(model, processor, source, out, recipe=None, k=4, prompt="Descri
     if source.is_file(): return prefer(model, processor, pair_set(load_pairs(source), tokens), recipe or dpo(), out, progress)
     if (source/"truth.jsonl").exists():
         truths = {t["video"]: t for t in map(json.loads, (source/"truth.jsonl").read_text().splitlines())}
-        mend = lambda v, text: without(text, wrong_claims(text, truths[v]), nothing="")
-        return align(model, processor, [(v, prompt) for v in truths], tokens, by_score(fact_score(truths)), out, recipe, mend=mend, k=k, progress=progress)
+        return align(model, processor, [(v, prompt) for v in truths], tokens, by_facts(truths, claim_checker(model, processor, tokens), seed=(recipe or dpo()).seed), out, recipe, k, progress=progress)
     if not (source/"manifest.json").is_file(): raise PreferenceError(f"{source} holds neither truth.jsonl nor manifest.json: give a pairs.jsonl, a folder that `video-vlm world` wrote, or a folder that ingest wrote")
     clips = load_clips(source)
     if not say: raise PreferenceError(f"{source} holds clips of which nobody knows the truth: say who judges (--judge MODEL or URL), or give pairs.jsonl")
-    judge, mend = by_rules(say, rules, prompt)
-    return align(model, processor, [(c.uri, prompt) for c in clips], tokens, judge, out, recipe, by, mend, k, progress=progress, constitution=constitution)
+    return align(model, processor, [(c.uri, prompt) for c in clips], tokens, by_rules(say, rules, by), out, recipe, k, progress=progress, constitution=constitution)

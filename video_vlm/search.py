@@ -119,8 +119,13 @@ class Index:
         local = "://" not in self.folder
         if local: Path(folder).mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(Path(folder)/".write.lock") if local else nullcontext()
-        self.db = lancedb.connect(self.folder, read_consistency_interval=timedelta(0))
-        with self.lock: self.table = self._open(schema_of(width, fingerprint, said))
+        try:
+            self.db = lancedb.connect(self.folder, read_consistency_interval=timedelta(0))
+            with self.lock: self.table = self._open(schema_of(width, fingerprint, said))
+        except (ValueError, RuntimeError, OSError) as e:
+            if local: raise
+            why = re.search(r"<Code>(\w+)", str(e)) or re.search(r"([\w ]*(?:dns|connect|credential|timed out)[\w ]*)", str(e), re.I)
+            raise SearchError(f"{self.folder} cannot be opened ({why[1].strip() if why else str(e)[:150]}): is the bucket there, and do AWS_ENDPOINT, AWS_REGION and the keys fit?") from None
         have = (self.table.schema.metadata or {}).get(b"fingerprint", b"").decode()
         if have != fingerprint: raise SearchError(f"{folder} holds vectors of encoder {have[:12]}, not {fingerprint[:12]}: vectors of two models cannot be compared; make a new index")
         if missing := set(TEXTS)-set(self.table.schema.names): raise SearchError(f"{folder} was made by an older version (no {', '.join(sorted(missing))}): remove it and index again")
@@ -129,9 +134,9 @@ class Index:
     def _open(self, schema):
         from lancedb.index import FTS
         names = self.db.list_tables()
-        try: table = self.db.open_table(TABLE) if TABLE in getattr(names, "tables", names) else self.db.create_table(TABLE, schema=schema)
-        except (FileNotFoundError, RuntimeError, ValueError) as e:     # killed while it was being made: a folder without a first version
-            if list(Path(self.folder, f"{TABLE}.lance").glob("_versions/*")): raise SearchError(f"{self.folder} cannot be read: {str(e)[:150]}") from None
+        try: table = self.db.open_table(TABLE) if TABLE in getattr(names, "tables", names) else self.db.create_table(TABLE, schema=schema, exist_ok=True)
+        except (FileNotFoundError, RuntimeError, ValueError) as e:     # killed while it was being made: a folder without a first version; a network that fails proves nothing
+            if "://" in self.folder or list(Path(self.folder, f"{TABLE}.lance").glob("_versions/*")): raise SearchError(f"{self.folder} cannot be read: {str(e)[:150]}") from None
             table = self.db.create_table(TABLE, schema=schema, mode="overwrite")
         if not any("text" in i.columns for i in table.list_indices()): table.create_index("text", config=FTS())
         return table
@@ -222,10 +227,10 @@ def words_only(text):
     "A query without the operators of the full-text language: a stray quote is not a syntax error."
     return " ".join(re.findall(r"\w+", text)) or "-"
 
-def hits_of(query, where, n, score, sign=1.):
-    "Run a LanceDB query with its filter inside; hits, best first."
+def hits_of(query, where, n, score, told=float):
+    "Run a LanceDB query with its filter inside; hits, best first. `told`: the column `score` as the score of a hit."
     q = (query.where(where, prefilter=True) if where else query).select([*SHOWN, score]).limit(n)
-    return [Hit(r["clip"], r["start"], r["end"], sign*float(r[score]), r["text"], r["tenant"]) for r in q.to_list()]
+    return [Hit(r["clip"], r["start"], r["end"], told(r[score]), r["text"], r["tenant"]) for r in q.to_list()]
 
 @patch
 def by_words(self:Index, text, n, where=None):
@@ -238,10 +243,10 @@ def by_vector(self:Index, vector, n, where=None, column="vector"):
     v = np.asarray(vector, np.float32)
     if v.shape != (self.width,): raise SearchError(f"the query vector has shape {v.shape}, the index holds vectors of {self.width}")
     if not np.isfinite(v).all() or not v.any(): raise SearchError("the query vector is zero or not finite")
-    if column not in self.table.schema.names: raise SearchError(f"{self.folder} has no {column}: make it with said=True")
+    if column == "text_vector" and not self.said: raise SearchError(f"{self.folder} has no {column}: make it with said=True")
     probes = self.cfg.filtered_nprobes if where else self.cfg.nprobes
     q = self.table.search(v/np.linalg.norm(v), vector_column_name=column).distance_type("cosine").nprobes(probes).refine_factor(self.cfg.refine)
-    return [replace(h, score=1+h.score) for h in hits_of(q, where, n, "_distance", -1.)]
+    return hits_of(q, where, n, "_distance", lambda distance: 1-distance)
 
 # %% ../nbs/06_search.ipynb #fcbfba81
 def fuse(rankings, c=60):

@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 from fastcore.basics import patch
@@ -21,6 +22,9 @@ from safetensors.numpy import save
 from .tombstones import refuse_erased
 from .data import VideoVLMError, content_id as hash_file, label
 from .frames import read_frames
+
+# %% ../nbs/03a_store.ipynb #1c9d6312
+if TYPE_CHECKING: from video_vlm.encoder import VisualTokens   # for editors; when the program runs it is imported where tokens are made or read
 
 # %% ../nbs/03a_store.ipynb #5d422af8
 PREPROCESSING = "video_vlm.frames/1"   # change it when decoding or resizing changes what the encoder sees

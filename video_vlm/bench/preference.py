@@ -14,7 +14,7 @@ import pandas as pd
 from ..evaluation import mean_score
 from ..model import ask_messages, answer_batch, load_model, load_smollm2
 from ..preference import agreement, align, ask_judge, by_score, check_caption, claim_checker, claim_score, dpo, fact_score, gold_rows, label_rows, load_constitution
-from ..preference import load_pairs, plot_preference, show_captions, swap_test, without, wrong_claims
+from ..preference import by_facts, load_pairs, plot_preference, show_captions, swap_test, without, wrong_claims
 from ..pretrain import checkpoint_folder, scene_tokens
 from ..world import WORDINGS, captions, facts, make_scene, questions
 
@@ -22,9 +22,8 @@ from ..world import WORDINGS, captions, facts, make_scene, questions
 @dataclass(frozen=True)
 class Setup:
     "Size of the experiment."
-    train:int = 128 # Clips that pairs are drawn from, for each seed
+    train:int = 384 # Clips that pairs are drawn from, for each seed
     test:int = 120 # Held-out clips
-    asked:int = 2 # Questions of a training clip beside its caption
     seeds:int = 3
     k:int = 4 # Candidates
     recipe:object = None
@@ -36,20 +35,16 @@ class Clips:
         self.scenes = {f"{level}-{first+k}": make_scene(first+k, level) for k in range(n)}
         self.facts = {v: facts(s) for v, s in self.scenes.items()}
         self.seen = {v: scene_tokens(model.encoder, s)[0] for v, s in self.scenes.items()}
-    def asked(self, n=None, wording="train", seed=0):
-        "{(video, question): answer} of at most `n` questions a clip that have a worded answer."
-        out = {}
-        for v, s in self.scenes.items():
-            qs = [q for q in questions(s, wording) if q["answer"] is not None]
-            out.update({(v, qs[i]["question"]): qs[i]["answer"] for i in np.random.default_rng([s.seed, seed]).permutation(len(qs))[:n]})
-        return out
+    def asked(self):
+        "{(video, question): answer} of all questions that have a worded answer, in held-out wording."
+        return {(v, q["question"]): q["answer"] for v, s in self.scenes.items() for q in questions(s, "test") if q["answer"] is not None}
 
 # %% ../../nbs/benchmarks/preference.ipynb #d133d655
 def measure(model, processor, clips):
     "Captions of `clips` and sums by clip: a table with claims, wrong, objects..., told, facts, right, asked."
     said = answer_batch(model, processor, [(t, WORDINGS["caption"][-1]) for t in clips.seen.values()], max_new_tokens=72)
     table = pd.DataFrame([check_caption(c, clips.facts[v]) for v, c in zip(clips.seen, said)], index=list(clips.seen))
-    asked = clips.asked(wording="test")
+    asked = clips.asked()
     replies = answer_batch(model, processor, [(clips.seen[v], q) for v, q in asked], max_new_tokens=14)
     right = pd.DataFrame([dict(video=v, right=r.strip().lower() == a.lower()) for ((v, q), a), r in zip(asked.items(), replies)]).groupby("video")["right"].agg(["sum", "count"])
     table["right"], table["asked"], table["caption"] = right["sum"], right["count"], said
@@ -87,12 +82,9 @@ def one_seed(setup, seed, out):
     "Align a fresh copy of the checkpoint; returns (model, processor, clips, log, pairs)."
     model, processor = load_model(checkpoint_folder(), device="cpu")
     clips = Clips(model, setup.train, 40_000_000+seed*100_000, setup.level)
-    answers = clips.asked(setup.asked, seed=seed)
-    prompt = {v: WORDINGS["caption"][i % (len(WORDINGS["caption"])-1)] for i, v in enumerate(clips.seen)}
-    items = [(v, q) for v in clips.seen for q in [prompt[v], *(q for w, q in answers if w == v)]]
-    mend = lambda v, text: without(text, wrong_claims(text, clips.facts[v]), nothing="")
+    items = [(v, WORDINGS["caption"][i % (len(WORDINGS["caption"])-1)]) for i, v in enumerate(clips.seen)]
     recipe = replace(setup.recipe or dpo(), seed=seed)
-    folder = align(model, processor, items, clips.seen.get, by_score(fact_score(clips.facts, answers=answers)), Path(out)/f"seed_{seed}", recipe, mend=mend, k=setup.k)
+    folder = align(model, processor, items, clips.seen.get, by_facts(clips.facts, claim_checker(model, processor, clips.seen.get), seed), Path(out)/f"seed_{seed}", recipe, k=setup.k)
     return model.eval(), processor, clips, pd.read_json(folder/"log.jsonl", lines=True), load_pairs(folder/"pairs.jsonl")
 
 # %% ../../nbs/benchmarks/preference.ipynb #b79a794e
