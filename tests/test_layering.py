@@ -107,6 +107,8 @@ def test_ten_stages():
 LIGHT = """
 import contextlib, io, json, os, sys
 from pathlib import Path
+import mlflow, numpy, pyarrow, typer, video_vlm.evaluation, video_vlm.gateway   # what many of them need, once
+from mlflow import MlflowClient
 def alone(words):
     "(exit code, model libraries that were imported, what was printed) of a command, in a fork of its own."
     r, w = os.pipe()

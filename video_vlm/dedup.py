@@ -46,6 +46,7 @@ class DedupConfig:
     progress:bool = True
     def __post_init__(self):
         if not 0 < self.threshold <= self.strong <= 1: raise VideoVLMError("DedupConfig: 0 < threshold <= strong <= 1")
+        if not 0 < self.embed_threshold <= 1 or self.embed_fps <= 0 or self.embed_frames < 8: raise VideoVLMError("DedupConfig: 0 < embed_threshold <= 1, embed_fps above 0, embed_frames at least 8")
 
 # %% ../nbs/01_dedup.ipynb #7bf697a6
 def _upright(f, w, h, scaler):
