@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest
 from video_vlm import dedup as D
 from video_vlm.bench.dedup import incremental_figures, make_pairs, measure_pairs, moving_discs, read_pairs, scale_run, scale_sizes
-from video_vlm.data_report import cluster_cards, read_run
+from video_vlm.data_report import DataReportConfig, cluster_cards, read_run
 from video_vlm.data import Clip, VideoVLMError, ingest, IngestConfig, load_clips, open_stage, write_video
 from video_vlm.dedup import (DedupConfig, MIRROR, Signature, align_hashes, candidates, candidates_on_disk, cluster, compare, content_box, dedup, frame_hashes, hamming,
                              load_clusters, load_texts, lookup, same_text, signature)
@@ -152,7 +152,7 @@ def test_an_embedding_finds_what_pictures_do_not_try(fast, tower, tmp_path):
     assert quick not in before and after[quick]["signal"] == after[quick]["kind"] == "embedding" and "vectors" in after[quick]["found_by"] and abs(after[quick]["speed"]*2-1)*abs(after[quick]["speed"]-2) < 1e-6
     assert {k: (r["score"], r["signal"]) for k, r in after.items() if k in before} == {k: (r["score"], "frames") for k, r in before.items()} and set(before) == {frozenset(("slow", "part"))}
     assert not any("other" in n for k in after for n in k) and open_stage(both)["counts"]["by_embedding"] == len(after)-1
-    said = [c["answer"] for c in cluster_cards(read_run(dict(ingest=fast, dedup=both)))[0]]; assert any("by the embedding alone" in s for s in said) and any("by the frames (motion)" in s for s in said), "the viewer says which signal joined them"
+    said = [c["answer"] for c in cluster_cards(read_run(dict(ingest=fast, dedup=both)), DataReportConfig(links=9))[0]]; assert any("by the embedding alone" in s for s in said) and any("by the frames (motion)" in s for s in said), "the viewer says which signal joined them"
     dedup(fast, plain, CFG, embed=embed); assert links(plain, fast) == after, "a folder made without gets them"
     with pytest.raises(VideoVLMError, match="embed: .*none here"): dedup(fast, plain, CFG)
     other = lambda f: f.mean((1, 2)); other.name = "other"

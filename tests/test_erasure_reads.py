@@ -88,3 +88,18 @@ def test_a_creator_that_was_erased_takes_the_rows_along(tmp_path):
     f = T.Tombstones(tmp_path/"erasure/tombstones.jsonl"); assert not erased(tmp_path)("x", "ann")
     f.add(T.Subject("person", "ann")); gone = erased(tmp_path/"a/b")
     assert gone("x", "ann") and not gone("x", "bob") and not gone("x") and not gone("", "")
+
+def test_a_copy_of_an_erased_clip_may_come(tmp_path):
+    "The words of an erased clip stay in the index of dedup under a pseudonym; a copy that comes later meets them, and dedup goes on."
+    import av, numpy as np
+    from video_vlm.data import IngestConfig, content_id, ingest, write_video
+    from video_vlm.dedup import DedupConfig, dedup, load_clusters
+    from video_vlm.world import WorldConfig, write_world
+    world, runs = write_world(tmp_path/"w", WorldConfig(n=3, seed=3, size=160), workers=1, progress=False)/"clips", tmp_path/"runs"
+    def both(): ingest(world, runs/"00_ingest", IngestConfig(progress=False)); return load_clusters(dedup(runs/"00_ingest", runs/"01_dedup", DedupConfig(progress=False, workers=1)))
+    assert len(both()) == 3; gone = sorted(world.iterdir())[0]
+    with av.open(str(gone)) as c: frames = np.stack([f.to_ndarray(format="rgb24") for f in c.decode(video=0)])
+    id = content_id(gone); F.erase("video", id, runs=runs); assert not gone.exists()
+    write_video(world/"copy.mp4", frames, fps=12, crf=28)
+    found = both(); assert len(set(found.values())) == 3 == len(found) and id not in found
+    assert not any(id in p.name or id.encode() in p.read_bytes() for p in (runs/"01_dedup").rglob("*") if p.is_file())

@@ -138,6 +138,15 @@ def test_our_model_gives_more_than_words(task, data, left, figure, published, ca
     code, out, _ = command(*words[:-1], published / "blind", "--blind", capsys=capsys); assert code == 0 and "0 errors" in out
 
 
+def test_moments_are_found_window_by_window(published, capsys):
+    "Charades-STA's format: the packaged checkpoint names ranked windows, and its official figures come from them."
+    lines = [json.loads(l) for l in (published / "moments.jsonl").read_text().splitlines()][:3]
+    (published / "charades.txt").write_text("".join(f"{r['vid']} {r['relevant_windows'][0][0]:.1f} {r['relevant_windows'][0][1]:.1f}##{r['query']}.\n" for r in lines))
+    code, out, err = command("eval", "--task", "charades_sta", "--data", published / "charades.txt", "--videos", published / "clips", "--model", "tiny", "--out", published / "run", capsys=capsys)
+    run = load_run(published / "run"); assert code == 0 and "official mIoU_top1" in out and '"windows"' in run.predictions[0].answer and run.predictions[0].question == lines[0]["query"] + ".", err
+    assert run.summary["official"]["mIoU_top1"] == pytest.approx(run.summary["accuracy"]) and run.summary["accuracy"] > .2
+
+
 def test_a_model_that_only_talks_is_asked_in_words(published, server, capsys):
     url, asked = server
     code, out, err = command("eval", "--task", "qvhighlights", "--data", published / "moments.jsonl", "--videos", published / "clips", "--endpoint", url, "--out", published / "run", capsys=capsys)

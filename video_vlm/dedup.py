@@ -909,7 +909,8 @@ def dedup(stage_folder, out, cfg:DedupConfig=DedupConfig(), engine=None, embed=N
     if embed is not None:
         blind = embeddings(good, out, embed, cfg); seen = [i for i in ids if i not in blind]; _centre(out, seen)
         found["vectors"] = set(_candidates_of(out/SEEN, seen, cfg, lambda some: _seen_words(some, out, cfg)))
-    rows = _compare_all(out, sorted(set().union(*found.values())), cfg, set(seen))
+    there = set(ids)                       # the index may know of clips that were erased since
+    rows = _compare_all(out, sorted(p for p in set().union(*found.values()) if there.issuperset(p)), cfg, set(seen))
     return _finish(stage_folder, out, clips, failed, rows, cfg, found, text_pairs(clips, embed_text))
 
 def load_clusters(folder) -> dict:

@@ -372,7 +372,7 @@ def policy_weights(target, logged, clip=20., min_ess=100, min_share=0.01, min_ma
     if (p <= 0).any() or (p > 1).any(): raise ExperimentError("logged propensities must lie in (0, 1]; a choice that was never random cannot be learnt from")
     raw = t/p; w = np.minimum(raw, clip); ess = w.sum()**2/max((w**2).sum(), 1e-300)
     if ess < max(min_ess, min_share*len(w)): raise ExperimentError(f"effective sample size {ess:.0f} of {len(w)}: the logged policy hardly ever chose what the new one would; explore more or run an A/B test")
-    if w.mean() < min_mass and w.mean()+5*w.std()/np.sqrt(len(w)) < 1: raise ExperimentError(f"weights average {w.mean():.2f}, not 1: the log holds only that share of what the new policy does; run an A/B test")
+    if w.mean() < min_mass and skewed_interval(w, 5)[1] < 1: raise ExperimentError(f"weights average {w.mean():.2f}, not 1: the log holds only that share of what the new policy does; run an A/B test")
     return w, float(ess), float((raw > clip).mean())
 
 # %% ../nbs/08a_experiments.ipynb #b6b61749
