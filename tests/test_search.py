@@ -203,3 +203,9 @@ def test_indexing_goes_on_where_it_was(tmp_path):
     clips[2] = replace(clips[2], captions=[dict(text="another")])
     done = go(); assert (done.new, done.kept) == (1, 8) and asked[-1] == "c2" and search(done.index, "another", tenant="t") and not search(done.index, "word2", tenant="t")
     assert version_of(clips[2]) != version_of(clips[2], SearchConfig(segment=5.))
+
+def test_a_heavier_ranking_decides():
+    a, b = [Hit("x", 0, 1, 1.), Hit("y", 0, 1, .9)], [Hit("y", 0, 1, 1.), Hit("x", 0, 1, .9)]
+    assert [h.clip for h in fuse([a, b], 1, (1, 3))] == ["y", "x"] and [h.clip for h in fuse([a, b], 1, (3, 1))] == ["x", "y"] and fuse([a, b])[0].score == fuse([a, b])[1].score
+    for wrong in (dict(weights=(1., 3.)), dict(weights=(1., -1., 1.)), dict(rank_constant=-1)):
+        with pytest.raises(SearchError, match="none below 0"): SearchConfig(**wrong)

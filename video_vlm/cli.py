@@ -97,8 +97,8 @@ def chosen(model, endpoint=None):
 
 def spoken_beside(path, start=None, end=None):
     "Segments of the subtitles or the transcript beside a video (as `ingest` reads them) that fall between two seconds."
-    from video_vlm.data import _beside
-    return [s for s in _beside(path).get("transcript", ()) if s["end"] > (start or 0.) and (end is None or s["start"] < end)]
+    from video_vlm.data import facts_beside
+    return [s for s in facts_beside(path).get("transcript", ()) if s["end"] > (start or 0.) and (end is None or s["start"] < end)]
 
 def _quiet():
     "No banners of libraries between a question and its answer."

@@ -7,10 +7,10 @@ __all__ = ['REASONS', 'MAGIC', 'CLOCK', 'FACTS', 'SIDECARS', 'VIDEO_SUFFIXES', '
            'write_video', 'tiny_clips', 'Probe', 'media_errors', 'best_video', 'display_size', 'Timeline', 'timeline',
            'probe', 'isolated', 'content_id', 'hash_folder', 'utc_now', 'Clip', 'Sample', 'atomic_write',
            'save_samples', 'load_samples', 'finish_stage', 'open_stage', 'nearest', 'read_small', 'parse_subtitles',
-           'iso', 'public_address', 'fetch_url', 'IngestConfig', 'Source', 'file_system', 'chat', 'read_annotations',
-           'expand', 'examine', 'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file', 'tombstone_rows',
-           'erased', 'iso_day', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips', 'whisper',
-           'transcribe', 'sphinx', 'datasheet', 'is_remote_stage', 'stage_copy', 'send_stage']
+           'iso', 'facts_beside', 'public_address', 'fetch_url', 'IngestConfig', 'Source', 'file_system', 'chat',
+           'read_annotations', 'expand', 'examine', 'Journal', 'thread_map', 'ingest', 'label', 'tombstone_file',
+           'tombstone_rows', 'erased', 'iso_day', 'as_of', 'load_clips', 'training_clips', 'add_text', 'caption_clips',
+           'whisper', 'transcribe', 'sphinx', 'datasheet', 'is_remote_stage', 'stage_copy', 'send_stage']
 
 # %% ../nbs/00_data.ipynb #3a4c3924
 import atexit, csv, hashlib, importlib.util, itertools, json, os, pickle, re, signal, subprocess, sys, threading, time
@@ -636,7 +636,7 @@ def _sidecar(suffix, raw:bytes, name, known_at) -> dict:
 
 SIDECARS = (".txt", ".json", ".srt", ".vtt")
 
-def _beside(path) -> dict:
+def facts_beside(path) -> dict:
     "Facts of all sidecars of a local video."
     out = {}
     for s in SIDECARS:
@@ -1023,7 +1023,7 @@ def _row(src:Source, out, cfg) -> dict:
     except OSError as e: row.update(reason="fetch_failed", detail=str(e)[:300])
     except Exception as e: row.update(reason="internal", detail=repr(e)[:300]) # whatever a file can do, it does it to itself
     if row["reason"] and 0 < row["bytes"] <= cfg.limits.max_bytes: row["id"] = content_id(path)
-    _merge(row, _beside(path)); _merge(row, src.facts)
+    _merge(row, facts_beside(path)); _merge(row, src.facts)
     return _decide(row, cfg)
 
 # %% ../nbs/00_data.ipynb #91897313

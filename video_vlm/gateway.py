@@ -1520,6 +1520,7 @@ def serve(cfg:GatewayConfig, engine_cfg:EngineConfig, kind:str="auto", ready_fil
     print(f"video-vlm gateway on {url} (engine {engine.name}, model {engine_cfg.checkpoint})", flush=True)
     if ready_file: Path(ready_file+".tmp").write_text(url); os.replace(ready_file+".tmp", ready_file)
     server = uvicorn.Server(uvicorn.Config(create_app(gw), log_level="warning", access_log=False, timeout_graceful_shutdown=int(cfg.drain_s), timeout_keep_alive=30, server_header=False))
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: None) # uvicorn drains, then raises the signal again: an orderly stop ends with 0
     server.run(sockets=[sock])
 
 # %% ../nbs/09a_gateway.ipynb #36da4222

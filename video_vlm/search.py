@@ -30,6 +30,8 @@ class SearchConfig:
     segment:float = 4. # Seconds of a row
     overlap:float = 1. # Seconds that neighbours share
     candidates:int = 50 # Taken from each ranking before fusion
+    rank_constant:float = 60. # Of the fusion: how little the first places weigh more than the next
+    weights:tuple = (1., 1., 1.) # Of the rankings by words, by what is seen, by what is said
     exact_below:int = 100_000 # Fewer rows are searched exactly, without an index
     partition:int = 2_000 # Rows of a partition of the vector index, about
     nprobes:int = 12 # Partitions looked into
@@ -37,6 +39,7 @@ class SearchConfig:
     refine:int = 4 # Candidates an answer that are compared with full vectors
     def __post_init__(self):
         if not 0 <= self.overlap < self.segment: raise SearchError(f"overlap {self.overlap} s must be shorter than a segment of {self.segment} s")
+        if len(self.weights) != 3 or min(self.weights) < 0 or self.rank_constant < 0: raise SearchError(f"weights {self.weights}, rank_constant {self.rank_constant}: three weights and a constant, none below 0")
 
 @dataclass(frozen=True)
 class Hit:
@@ -249,13 +252,13 @@ def by_vector(self:Index, vector, n, where=None, column="vector"):
     return hits_of(q, where, n, "_distance", lambda distance: 1-distance)
 
 # %% ../nbs/06_search.ipynb #fcbfba81
-def fuse(rankings, c=60):
-    "Reciprocal rank fusion (Cormack et al. 2009): score = sum of 1/(c + rank)."
+def fuse(rankings, c=60, weights=None):
+    "Reciprocal rank fusion (Cormack et al. 2009): score = sum of weight/(c + rank); equal weights where none are given."
     score, first = {}, {}
-    for hits in rankings:
+    for hits, w in zip(rankings, weights or [1.]*len(rankings)):
         for rank, h in enumerate(hits, 1):
             key = (h.tenant, h.clip, h.start)
-            score[key] = score.get(key, 0)+1/(c+rank)
+            score[key] = score.get(key, 0)+w/(c+rank)
             first.setdefault(key, h)
     return [replace(first[k], score=s) for k, s in sorted(score.items(), key=lambda x: -x[1])]
 
@@ -266,9 +269,11 @@ def search(index, text=None, vector=None, k=10, tenant="", said=None, **filters)
     if k < 1: raise SearchError(f"k must be at least 1, not {k}")
     where, asked = where_of(tenant, **filters), [x for x in (text and text.strip(), ) if x]
     n = k if len(asked)+(vector is not None)+(said is not None) == 1 else max(k, index.cfg.candidates)
-    rankings = [index.by_words(t, n, where) for t in asked]
-    rankings += [index.by_vector(v, n, where, c) for v, c in ((vector, "vector"), (said, "text_vector")) if v is not None]
-    return standing(rankings[0] if len(rankings) == 1 else fuse(rankings), index.folder, video=lambda h: h.clip)[:k]
+    words, seen, heard = index.cfg.weights
+    rankings = [(words, index.by_words(t, n, where)) for t in asked]
+    rankings += [(w, index.by_vector(v, n, where, c)) for w, v, c in ((seen, vector, "vector"), (heard, said, "text_vector")) if v is not None]
+    weights, lists = zip(*rankings)
+    return standing(lists[0] if len(lists) == 1 else fuse(lists, index.cfg.rank_constant, weights), index.folder, video=lambda h: h.clip)[:k]
 
 # %% ../nbs/06_search.ipynb #5aa25470
 def one_a_clip(hits):

@@ -121,7 +121,7 @@ def bench_hybrid(folder, train, test, level="medium", seed=40_000_000, say=lambd
     learn, scenes = [make_scene(seed+i, level) for i in range(train)], [make_scene(seed+1_000_000+i, level) for i in range(test)]
     text = small_text_encoder([c for s in learn for c in captions_of(s)[:3]], 64); say("text side")
     bridge = fit_bridge([token_features(seen(encoder, s).tokens) for s in learn], text.encode([captions_of(s)[i % 3] for i, s in enumerate(learn)], show_progress_bar=False))
-    say("bridge"); cfg, rows = SearchConfig(segment=60.), []
+    say("bridge"); cfg, rows = SearchConfig(segment=60., rank_constant=1., weights=(1., 3., 3.)), []
     for i, s in enumerate(scenes): rows += rows_of(f"s{i:04d}", seen(encoder, s), bridge.seen, captions=(c := spoken(s, r))[0], transcript=c[1], cfg=cfg)
     index = Index(folder, encoder.fingerprint, len(rows[0]["vector"]), cfg); index.upsert(rows)
     queries = [captions_of(s)[3] for s in scenes]; Q, held = bridge.said(text.encode(queries, show_progress_bar=False)), [things(s) for s in scenes]
