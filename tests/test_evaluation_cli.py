@@ -76,6 +76,20 @@ def test_blind_and_likelihood(rows, server, tmp_path, capsys):
     assert command("eval", "--task", "rows", "--data", data, "--videos", videos, "--endpoint", url, "--out", tmp_path / "l", "--likelihood", capsys=capsys)[0] == 2
 
 
+def test_speech_comes_with_the_pictures_or_alone(rows, server, tmp_path, capsys):
+    "Subtitles beside one of two clips: its questions carry them, with the video or (--blind) without; those of the other are not asked again."
+    (data, videos, names), (url, asked) = rows, server
+    (videos / names[0]).with_suffix(".srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nthe ball is red\n")
+    words = ("eval", "--task", "rows", "--data", data, "--videos", videos, "--endpoint", url, "--out", tmp_path / "run")
+    parts = lambda a: a["messages"][0]["content"]
+    for more, films in (((), 24), (("--speech",), 12), (("--speech", "--blind"), 0)):
+        asked.clear(); code, out, err = command(*words, *more, capsys=capsys); assert code == 0, err
+        told = ["the ball is red" in p["text"] for a in asked for p in parts(a) if p["type"] == "text"]
+        assert sum(told) == (12 if more else 0) and sum(any(p["type"] == "video_url" for p in parts(a)) for a in asked) == films, more
+    assert '"speech": 12' in (tmp_path / "run" / "manifest.json").read_text()
+    code, _, err = command(*words, "--speech", "--likelihood", capsys=capsys); assert code == 2 and len(err.strip().splitlines()) == 1 and "--speech" in err
+
+
 def test_a_judge_scores_beside_and_its_words_are_kept(rows, server, tmp_path, capsys):
     (data, videos, _), (url, asked) = rows, server
     code, out, err = command("eval", "--task", "rows", "--data", data, "--videos", videos, "--endpoint", url, "--out", tmp_path / "j", "--judge", url, capsys=capsys); assert code == 0, err

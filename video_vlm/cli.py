@@ -502,7 +502,7 @@ def evaluate(task: Annotated[Optional[str], typer.Option(help="Name of a task; -
              endpoint: Annotated[Optional[str], typer.Option(help="URL of an OpenAI-compatible server; the key is taken from OPENAI_API_KEY")] = None, out: Annotated[Optional[str], typer.Option(help="Run folder; default runs/eval/TASK")] = None,
              predictions: Annotated[Optional[str], typer.Option(help="Score this file of answers in the benchmark's own format; nothing is asked")] = None, limit: Annotated[Optional[int], typer.Option(help="A seeded part of the questions")] = None, seed: Annotated[int, typer.Option()] = 0, train: Annotated[Optional[str], typer.Option(help="What training used: split or ingest folder, annotations.jsonl, or a file of ids")] = None,
              against: Annotated[Optional[str], typer.Option(help="Another finished run, compared in pairs")] = None, shuffle: Annotated[bool, typer.Option("--shuffle", help="Deal the options in a seeded order")] = False,
-             likelihood: Annotated[bool, typer.Option("--likelihood", help="Options by likelihood instead of written letters (our checkpoints)")] = False, blind: Annotated[bool, typer.Option("--blind", help="Without the videos: what guessing gives")] = False,
+             likelihood: Annotated[bool, typer.Option("--likelihood", help="Options by likelihood instead of written letters (our checkpoints)")] = False, blind: Annotated[bool, typer.Option("--blind", help="Without the videos: what guessing gives")] = False, speech: Annotated[bool, typer.Option("--speech", help="With the subtitles beside the videos; with --blind, with them alone")] = False,
              judge: Annotated[Optional[str], typer.Option(help="Score open answers by a model, too: checkpoint, hub id or URL of a server")] = None, workers: Annotated[int, typer.Option(help="Requests at once to a server")] = 4, dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be asked, load nothing")] = False, listing: Annotated[bool, typer.Option("--list", help="Show the tasks")] = False):
     """Score a model on a published benchmark or on your own questions. Run again, it goes on; answers are kept.
 
@@ -524,7 +524,8 @@ def evaluate(task: Annotated[Optional[str], typer.Option(help="Name of a task; -
     if against and not (Path(against)/"manifest.json").exists(): raise VideoVLMError(f"{against} is no finished run: it has no manifest.json")
     out = out or f"runs/eval/{task}"
     if against and Path(against).resolve() == Path(out).resolve(): raise VideoVLMError(f"--against {against} is this run's own folder, whose scores it writes anew: give another --out")
-    args = dict(videos=videos, model=chosen(model, endpoint), out=out, url=endpoint, limit=limit, seed=seed, shuffle_options=shuffle, blind=blind, likelihood=likelihood, workers=workers, train=train)
+    if speech and likelihood: raise VideoVLMError("--speech goes into the prompt, and --likelihood reads none: give one of them")
+    args = dict(videos=videos, model=chosen(model, endpoint), out=out, url=endpoint, limit=limit, seed=seed, shuffle_options=shuffle, blind=blind, speech=speech, likelihood=likelihood, workers=workers, train=train)
     if dry_run: return typer.echo("\n".join(f"{k:14} {v}" for k, v in run_benchmark(task, data, dry=True, **args).items()))
     _quiet()
     run = run_benchmark(task, data, api_key=os.environ.get("OPENAI_API_KEY", ""), **args)

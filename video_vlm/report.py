@@ -6,7 +6,7 @@
 __all__ = ['INK', 'SOFT', 'PALETTE', 'ReportConfig', 'figure_svg', 'plot_scores', 'plot_curve', 'picture_uri', 'contact_sheet',
            'render_page', 'percent', 'triple', 'tile', 'score_tile', 'funnel_block', 'example_block', 'examples_of',
            'render_report', 'render_run', 'eval_task', 'media_facts', 'with_facts', 'training_ids', 'overlap_with',
-           'run_benchmark', 'judge_run', 'plot_severity', 'plot_confidence', 'render_robustness']
+           'heard', 'run_benchmark', 'judge_run', 'plot_severity', 'plot_confidence', 'render_robustness']
 
 # %% ../nbs/07c_report.ipynb #aef41814
 import base64, hashlib, html, io, json, math, os, random, re
@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from .benchmarks import find_video, judge_prompt, judged, load_task
-from .data import MediaError, VideoVLMError, atomic_write, content_id, isolated, load_clips, load_samples, open_stage, probe
-from .evaluation import EvaluationConfig, Item, Score, Task, answer_for, batched, by_skill, likely, open_answer, run_task, slices, task_from_samples
+from .data import MediaError, VideoVLMError, atomic_write, content_id, facts_beside, isolated, load_clips, load_samples, open_stage, probe
+from .evaluation import EvaluationConfig, Item, Score, Task, answer_for, batched, by_skill, likely, open_answer, run_task, slices, span_asked, task_from_samples
+from .launch import spoken_within
+from .model import ask_messages
 from .robustness import load_robustness, worst_first
 
 # %% ../nbs/07c_report.ipynb #ddaccd74
@@ -417,9 +419,14 @@ def _annotation_hash(data):
     files = [Path(data)] if Path(data).is_file() else sorted(f for k in ("json", "jsonl", "csv", "txt") for f in Path(data).glob(f"*.{k}"))
     return content_id(files[0]) if len(files) == 1 else hashlib.sha256("".join(f"{f.name} {content_id(f)}\n" for f in files).encode()).hexdigest()
 
-def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None, limit=None, shuffle_options=False, seed=0, blind=False, train=None, likelihood=False, workers=4, api_key="", dry=False):
+def heard(task):
+    "(the task with what is said in each clip in front of its question, how many questions that are). Read from subtitles beside the file, within the part that is asked about; worded as in training."
+    said = {i.id: ask_messages("", 0, s)[0]["content"][0]["text"] for i in task.items if i.media and (s := spoken_within(facts_beside(i.media).get("transcript", ()), *span_asked(i)))}
+    return replace(task, prompt=lambda i: said.get(i.id, "") + task.prompt(i)), len(said)
+
+def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None, limit=None, shuffle_options=False, seed=0, blind=False, speech=False, train=None, likelihood=False, workers=4, api_key="", dry=False):
     """Run a benchmark (or 'samples') with a checkpoint folder or hub id `model`, or with a server at `url` -> finished `Run` in `out`, with manifest.json and report.html.
-    `train`: what training used (see `training_ids`) or keywords of `contamination`; `likelihood`: options by likelihood instead of written letters; `dry`: only say what would be done (dict)."""
+    `blind`: without the pictures; `speech`: with the subtitles beside them; `train`: what training used (see `training_ids`) or keywords of `contamination`; `likelihood`: options by likelihood instead of written letters; `dry`: only say what would be done (dict)."""
     t, missing = eval_task(task, data, videos, limit, seed)
     if dry: return _look_ahead(task, t, missing, out, model, url)
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -429,9 +436,10 @@ def run_benchmark(task, data, videos=None, model=None, out="runs/eval", url=None
     gone = {i.id for i in missing} if (videos or task == "samples") and not blind else set()
     t = with_facts(t, Path(out) / "media.json")
     media = {i.clip: i.media for i in t.items if i.media}
+    t, spoken = heard(t) if speech else (t, 0)
     if blind: t = replace(t, items=tuple(replace(i, media="") for i in t.items))
     cfg = EvaluationConfig(seed=seed, shuffle_options=shuffle_options, workers=getattr(answer, "workers", 1), batch_size=64 if getattr(answer, "batched", False) else 1)
-    source = {"data": str(data), "data_sha256": _annotation_hash(data), "videos": str(videos or ""), "missing": len(missing), "blind": blind, "model_source": str(model or ""), "endpoint": url or "", "likelihood": likelihood, "seed": seed, "limit": limit}
+    source = {"data": str(data), "data_sha256": _annotation_hash(data), "videos": str(videos or ""), "missing": len(missing), "blind": blind, "speech": spoken, "model_source": str(model or ""), "endpoint": url or "", "likelihood": likelihood, "seed": seed, "limit": limit}
     run = run_task(t, _none_missing(answer, gone) if gone else answer, out, cfg, {"blind": blind, "how": answer.plan}, mark, train, source)
     render_run(run, media=media, title=f"{task}: {model or url}")
     return run
