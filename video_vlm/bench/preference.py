@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..evaluation import mean_score
-from ..model import ask_messages, answer_batch, load_model, load_smollm2
+from ..model import answer_batch, load_model, load_smollm2
 from ..preference import agreement, align, ask_judge, by_score, check_caption, claim_checker, claim_score, dpo, fact_score, gold_rows, label_rows, load_constitution
-from ..preference import by_facts, load_pairs, plot_preference, show_captions, swap_test, without, wrong_claims
+from ..preference import by_facts, load_pairs, plot_preference, show_captions, swap_test
 from ..pretrain import checkpoint_folder, scene_tokens
 from ..world import WORDINGS, captions, facts, make_scene, questions
 
