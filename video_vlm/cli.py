@@ -98,7 +98,8 @@ def chosen(model, endpoint=None):
 def spoken_beside(path, start=None, end=None):
     "Segments of the subtitles or the transcript beside a video (as `ingest` reads them) that fall between two seconds."
     from video_vlm.data import facts_beside
-    return [s for s in facts_beside(path).get("transcript", ()) if s["end"] > (start or 0.) and (end is None or s["start"] < end)]
+    from video_vlm.launch import spoken_within
+    return spoken_within(facts_beside(path).get("transcript", ()), start, end, most=float("inf"))
 
 def _quiet():
     "No banners of libraries between a question and its answer."
@@ -562,7 +563,7 @@ def _judge_says(judge, out):
     "`say(video, text)` of a checkpoint or a server, for critique, revision and comparison."
     from video_vlm.evaluation import Item, open_answer
     server = judge.startswith(("http://", "https://"))
-    answer, _ = open_answer("" if server else chosen(judge), judge if server else "", Path(out)/"judge_tokens", api_key=os.environ.get("OPENAI_API_KEY", ""))
+    answer, _ = open_answer("" if server else chosen(judge), judge if server else "", Path(out)/"judge_tokens", api_key=os.environ.get("OPENAI_API_KEY", ""), max_new_tokens=160)     # a rewritten answer must not end in the middle
     def say(video, text):
         item = Item(text, str(video), str(video), text)
         return str(answer([item], [text])[0] if getattr(answer, "batched", False) else answer(item, text))
@@ -587,7 +588,7 @@ def prefer(source: Annotated[str, typer.Argument(help="pairs.jsonl, a folder tha
     recipe = PreferenceRecipe(name=loss, loss=loss, steps=steps, seed=seed)
     _quiet()
     from video_vlm.model import load_model
-    folder = prefer_files(*load_model(chosen(model)), source, out, recipe, k, prompt, say=_judge_says(judge, out) if judge else None, by=f"model:{judge}", constitution=constitution)
+    folder = prefer_files(*load_model(chosen(model)), source, out, recipe, k, prompt, say=_judge_says(judge, out) if judge else None, by=f"model:{judge or ''}", constitution=constitution)
     last = json.loads((folder/"log.jsonl").read_text().splitlines()[-1])
     typer.echo(f"{last['won']:.0%} of pairs won; chosen {last['chosen']-last['ref_chosen']:+.1f} nats, rejected {last['rejected']-last['ref_rejected']:+.1f} against the start\ntry:  video-vlm ask CLIP.mp4 --model {folder/'model'}")
 

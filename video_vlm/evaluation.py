@@ -867,15 +867,16 @@ def served_models(base_url, api_key="none"):
     except APIConnectionError: raise EvaluationError(f"nobody answers at {base_url}; start a server (video-vlm serve) or check the address, which usually ends in /v1") from None
     except OpenAIError: return []                                        # a server without /models: the chat will tell
 
-def open_answer(model="", endpoint="", store=None, blind=False, workers=4, api_key=""):
-    "(answer, fingerprint) of a checkpoint folder, a hub id, or an OpenAI-compatible `endpoint` (with `model` as its name there). `store`: folder of visual tokens."
+def open_answer(model="", endpoint="", store=None, blind=False, workers=4, api_key="", max_new_tokens=None):
+    "(answer, fingerprint) of a checkpoint folder, a hub id, or an OpenAI-compatible `endpoint` (with `model` as its name there). `store`: folder of visual tokens; `max_new_tokens`: of an answer, where the usual length of each kind is too short."
+    more = lambda name: {name: max_new_tokens} if max_new_tokens else {}
     if endpoint:
         name = model or next(iter(served_models(endpoint, api_key or "none")), "default")
-        answer = openai_answer(endpoint, name, api_key or "none")
+        answer = openai_answer(endpoint, name, api_key or "none", **more("max_tokens"))
         answer.plan, answer.kind, answer.workers = "server", "endpoint", workers
         return answer, f"{endpoint} {name}"
     if not model: raise EvaluationError("say which model answers: a checkpoint folder or hub id, or the URL of a server")
-    if not is_ours(model): return transformers_answer(model), checkpoint_fingerprint(model)
+    if not is_ours(model): return transformers_answer(model, **more("max_new_tokens")), checkpoint_fingerprint(model)
     from video_vlm.model import load_model
     from video_vlm.store import TokenStore
-    return model_answer(*load_model(model), TokenStore(store) if store else None, blind), checkpoint_fingerprint(model)
+    return model_answer(*load_model(model), TokenStore(store) if store else None, blind, **more("max_new_tokens")), checkpoint_fingerprint(model)

@@ -571,7 +571,7 @@ def align(model, processor, items, tokens, teach, out, recipe=None, k=4, tempera
     out.mkdir(parents=True, exist_ok=True)
     if not (out/"pairs.jsonl").exists():
         pairs, pools = draw_pairs(model, processor, items, tokens, teach, k, temperature, recipe.seed, journal=out/"pools.jsonl", progress=progress)
-        if not pairs: raise PreferenceError(f"no pair among {len(pools)} clips: {next((p['error'] for p in pools if p['error']), 'the judge told no two answers apart')}")
+        if not pairs: raise PreferenceError(f"no pair among {len(pools)} clips: {next((p['error'] for p in pools if p['error']), 'no two answers could be told apart')}")
         with atomic_write(out/"constitution.md") as f: f.write(constitution_file(constitution).read_text(encoding="utf-8"))
         save_gold(gold_rows(pairs, gold, recipe.seed), out/"gold.jsonl")
         save_pairs(pairs, out/"pairs.jsonl")
