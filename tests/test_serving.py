@@ -79,6 +79,59 @@ def test_adapters_in_process(ckpt, adapter):
     want = [truth(tuned if r.adapter else base, processor, r) for r in reqs]
     assert [g[1] for g in got] == want and any(a != b for a, b in zip(want[::2], want[1::2]))
 
+def others(ckpt, folder, seed, r=2):
+    "Another random adapter, of another rank and for fewer layers."
+    from video_vlm.model import add_lora, load_model, save_adapter
+    torch.manual_seed(seed)
+    model, _ = load_model(ckpt)
+    add_lora(model, r=r, targets=r".*language_model.*(q_proj|v_proj)")
+    for n, p in model.named_parameters():
+        if ".lora_B" in n or n.startswith("projector."): p.data += torch.randn_like(p) * .2
+    return str(save_adapter(model, folder))
+
+async def come_and_go(engine, first, second, reqs):
+    "Adapters loaded, dropped and loaded again under one name while requests run: what was said, in order."
+    said = lambda adapter: asyncio.gather(*[collect(engine, dataclasses.replace(r, adapter=adapter)) for r in reqs])
+    await engine.start()
+    try:
+        out = [await said("")]
+        running = asyncio.gather(*[collect(engine, dataclasses.replace(r, max_tokens=60)) for r in reqs])      # of the base, while layers are put in
+        await asyncio.sleep(.05)
+        await engine.load_adapter("v1.tuned", first)
+        out.append(await running)
+        a, b = await asyncio.gather(said("v1.tuned"), said(""))
+        late = asyncio.gather(*[collect(engine, dataclasses.replace(r, adapter="v1.tuned", max_tokens=60)) for r in reqs])
+        await asyncio.sleep(.05)
+        await engine.drop_adapter("v1.tuned")
+        out += [a, b, await said(""), await late]
+        for gone in (engine.drop_adapter("v1.tuned"), collect(engine, dataclasses.replace(reqs[0], adapter="v1.tuned"))):
+            with pytest.raises(UnknownAdapter): await gone
+        await engine.load_adapter("v1.tuned", second)
+        out.append(await said("v1.tuned"))
+        await engine.load_adapter("other", first)
+        out += await asyncio.gather(said("other"), said("v1.tuned"), said(""))
+        with pytest.raises(Exception): await engine.load_adapter("bad", str(second)+"-none")
+        out.append(await said(""))
+        return [[g[1] for g in o] for o in out]
+    finally: await engine.stop()
+
+def asked_of(ckpt, first, second, reqs):
+    "What transformers says in the same order."
+    from video_vlm.model import load_adapter, load_model
+    base, processor = load_model(ckpt)
+    a, b = [load_adapter(load_model(ckpt)[0], f, merge=True) for f in (first, second)]
+    said = lambda m, **kw: [truth(m, processor, dataclasses.replace(r, **kw)) for r in reqs]
+    b0, a0 = said(base), said(a)
+    return [b0, said(base, max_tokens=60), a0, b0, b0, said(a, max_tokens=60), said(b), a0, said(b), b0, b0]
+
+def test_adapters_come_and_go_in_process(ckpt, adapter, tmp_path):
+    from video_vlm.model import lora_layers
+    second, reqs = others(ckpt, tmp_path/"second", 5), mixed(4, 9)
+    engine = TransformersEngine(EngineConfig(ckpt))
+    assert asyncio.run(come_and_go(engine, adapter, second, reqs)) == asked_of(ckpt, adapter, second, reqs)
+    assert set(engine.adapters) == {"v1.tuned", "other"} and len(engine.projectors) == 3
+    assert {k for _, m in lora_layers(engine.model) for k in m.lora_A} == set(engine.adapters.values())                   # what was dropped takes no memory
+
 def test_stop_abort_and_queue(ckpt):
     engine = TransformersEngine(EngineConfig(ckpt, max_queue=2))
     async def go():
@@ -154,13 +207,19 @@ def test_vllm_refuses_wrong_shapes_before_the_model(llm, reference):
     assert offline_answers(llm, processor, mixed(1))[0].outputs[0].token_ids                          # and everybody else lives on
 
 @needs_vllm
-def test_vllm_adapter_with_its_own_projector(llm, ckpt, adapter):
+def test_vllm_adapter_with_its_own_projector(llm, reference, ckpt, adapter):
     from video_vlm.model import load_adapter, load_model
     from vllm.lora.request import LoRARequest
     tuned, processor = load_model(ckpt); load_adapter(tuned, adapter, merge=True)
     reqs = mixed(8, 5, adapter="tuned")
-    out = offline_answers(llm, processor, reqs, adapter_projector(adapter, ckpt), LoRARequest("tuned", 1, adapter))
+    lora = LoRARequest("tuned", 1, adapter)
+    out = offline_answers(llm, processor, reqs, adapter_projector(adapter, ckpt), lora)
     assert [list(o.outputs[0].token_ids) for o in out] == [truth(tuned, processor, r) for r in reqs]
+    base = [dataclasses.replace(r, adapter="") for r in reqs]                             # every slot is taken: the base is still the base, alone and beside the adapter
+    want = [truth(*reference, r) for r in base]
+    assert [list(o.outputs[0].token_ids) for o in offline_answers(llm, processor, base)] == want
+    beside = offline_answers(llm, processor, [*base, *[dataclasses.replace(r, videos=(), messages=chat("x", 0)) for r in reqs]], lora=[None]*len(base)+[lora]*len(reqs))
+    assert [list(o.outputs[0].token_ids) for o in beside[:len(base)]] == want
 
 @needs_vllm
 def test_vllm_says_how_sure_it_is(llm, reference):
@@ -182,6 +241,14 @@ def test_vllm_answers_by_schema(llm, reference):
 def test_vllm_200_requests(llm, reference):
     reqs = mixed(200, 7)
     assert [list(o.outputs[0].token_ids) for o in offline_answers(llm, reference[1], reqs)] == [truth(*reference, r) for r in reqs]
+
+@needs_vllm
+@pytest.mark.slow
+def test_vllm_adapters_come_and_go(ckpt, adapter, tmp_path):
+    second, reqs = others(ckpt, tmp_path/"second", 5), mixed(4, 9)
+    engine = VLLMEngine(EngineConfig(ckpt, max_model_len=1024, kv_cache_bytes=64 << 20, max_loras=2))
+    got, want = asyncio.run(come_and_go(engine, adapter, second, reqs)), asked_of(ckpt, adapter, second, reqs)
+    assert got == want, [i for i, (a, b) in enumerate(zip(got, want)) if a != b]
 
 @needs_vllm
 @pytest.mark.slow

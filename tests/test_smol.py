@@ -26,6 +26,20 @@ def test_own_answers_go_on_where_they_stopped(stand_in, tmp_path):
     both = S.own_answers(model, proc, S.plain_prompts(5), tmp_path/"a.jsonl", 4)
     assert both[:3] == first and len(both) == 5 and sum(1 for _ in open(tmp_path/"a.jsonl")) == 5
 
+def test_the_time_is_told_once_a_group():
+    from video_vlm.pretrain import checkpoint_folder, tell_answers
+    from video_vlm.world import make_scene, samples_of
+    tok = M.load_model(checkpoint_folder())[1].tokenizer
+    v = M.VisualTokens(np.zeros((8, 16, 64), np.float16), np.arange(8)/2, np.arange(8)/2+.5, "v")
+    samples = samples_of(make_scene(3), "v")
+    row = M.training_rows(samples, v, tok)
+    every, sparse = tell_answers(row, samples, tok), S.tell_sparsely(row, samples, tok)
+    seen = row["input_ids"] == tok.convert_tokens_to_ids("<|video|>")
+    behind = torch.zeros_like(seen); behind[1:] = seen[:-1]
+    assert (every["labels"][behind] != -100).all() and int((sparse["labels"][behind] != -100).sum()) == 8
+    assert torch.equal(sparse["labels"][~behind], every["labels"][~behind]) and torch.equal(sparse["label_weights"][~behind], every["label_weights"][~behind])
+    assert sorted(set(sparse["label_weights"][behind].tolist())) == [0., pytest.approx(.1)]
+
 def test_an_untouched_model_is_itself(stand_in):
     "Ratio 1 where nothing was trained; an adapter that is noise is seen."
     model, proc = S.smol_parts(S.SmolConfig(str(stand_in)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEW_WORDS', 'DemoConfig', 'edit_copies', 'break_files', 'make_videos', 'is_new', 'question_of', 'pick', 'qa_task',
-           'answerer', 'shuffled_tokens', 'caption_facts', 'Run', 'prepare_data', 'encode_all', 'tokens_of',
+           'answerer', 'shuffled_tokens', 'caption_facts', 'Run', 'prepare_data', 'encode_all', 'tokens_of', 'recipes',
            'fine_tune', 'ask_all', 'before_scores', 'evaluate', 'evaluate_more', 'stream_answer', 'serve_and_ask',
            'versions', 'run_demo', 'write_report', 'summary_table']
 
@@ -217,17 +217,22 @@ def encode_all(run):
 def tokens_of(run, clip): return visual_tokens(run.clips[clip], run.plans[clip], run.model.encoder, run.store)
 
 # %% ../nbs/09ab_demo.ipynb #74e30292
+def recipes(run):
+    "Connect and instruct where the language model is small enough to be trained whole; LoRA, and fewer visits, where it is not."
+    from video_vlm.training import connect, instruct, whole
+    c, every = run.cfg, dict(seed=run.cfg.seed, questions=12, mix=(("new", .6), ("old", .4)))
+    if sum(p.numel() for p in run.model.language_model.parameters()) > 5e7: return instruct(steps=c.instruct_steps//2, clips=2, micro=1, lr=8e-4, precision="bf16", decay=.6, **every),
+    return connect(steps=c.connect_steps, clips=8, **every), whole(name="instruct", steps=c.instruct_steps, clips=8, lr=1.5e-3, projector_lr=1.5e-3, blind=1/12, decay=.6, **every)
+
 def fine_tune(run):
-    "Connect and instruct on the stored tokens; the model of `run` is the trained one afterwards."
-    from video_vlm.training import ClipSet, connect, train, whole
+    "Train on the stored tokens; the model of `run` is the trained one afterwards."
+    from video_vlm.training import ClipSet, train
     ids = run.sets["train"]
     rows = [[s for s in run.samples[c] for _ in range(3 if is_new(s) else 1)] for c in ids]
     data = ClipSet(ids, rows, lambda c: tokens_of(run, c), sources=["new" if any(map(is_new, r)) else "old" for r in rows])
-    steps = dict(seed=run.cfg.seed, questions=12, clips=8, mix=(("new", .6), ("old", .4)))
-    for recipe in (connect(steps=run.cfg.connect_steps, **steps), whole(name="instruct", steps=run.cfg.instruct_steps, lr=1.5e-3, projector_lr=1.5e-3, blind=1/12, decay=.6, **steps)):
-        out = train(run.model, run.processor, data, recipe, run.out/f"05_{recipe.name}")
-    run.report["train"] = dict(clips=len(ids), samples=sum(map(len, data.samples)), loss=[[r["step"], round(r["loss"], 4)] for s in ("connect", "instruct") for r in map(json.loads, open(run.out/f"05_{s}/log.jsonl"))])
-    run.checkpoint = out/"model"
+    out = [train(run.model, run.processor, data, r, run.out/f"05_{r.name}") for r in recipes(run)]
+    run.report["train"] = dict(clips=len(ids), samples=sum(map(len, data.samples)), loss=[[r["step"], round(r["loss"], 4)] for o in out for r in map(json.loads, open(o/"log.jsonl"))])
+    run.checkpoint = out[-1]/"model"
 
 # %% ../nbs/09ab_demo.ipynb #52277182
 def ask_all(run, samples, tokens, name):

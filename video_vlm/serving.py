@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ARCH', 'VLLM_ENV', 'ENGINES', 'BadRequest', 'EngineBusy', 'EngineDown', 'UnknownAdapter', 'EngineConfig', 'Request',
            'Usage', 'Delta', 'prompt_ids', 'full_ids', 'load_processor', 'full_checkpoint', 'load_encoder',
-           'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'VideoPart', 'vllm_args',
-           'cache_counter', 'VLLMEngine', 'check_room', 'adapter_projector', 'project', 'TextStream', 'sample',
-           'DecodeBatch', 'TransformersEngine', 'has_vllm', 'make_engine', 'offline', 'offline_answers', 'collect']
+           'tiny_checkpoint', 'fake_tokens', 'register', 'video_item', 'checked_item', 'VideoPart',
+           'base_without_adapter', 'vllm_args', 'cache_counter', 'VLLMEngine', 'check_room', 'adapter_projector',
+           'project', 'TextStream', 'sample', 'DecodeBatch', 'TransformersEngine', 'has_vllm', 'make_engine', 'offline',
+           'offline_answers', 'collect']
 
 # %% ../nbs/09_serving.ipynb #55c54823
 import asyncio, functools, itertools, os, threading, uuid
@@ -295,6 +296,19 @@ class VideoPart:
         px, mask = group_frames(frames_THWC.cpu().numpy(), self.config.encoder_config.group)
         return self.encoder(px.to(self.encoder.dtype).to(self.encoder.device), mask.to(self.encoder.device)).half()
 
+# %% ../nbs/09_serving.ipynb #ad44adc8
+def base_without_adapter():
+    "Make vLLM's CPU path leave tokens of the base alone (their adapter index is -1). Harmless where a later version does it itself."
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    shrink = PunicaWrapperCPU._apply_shrink
+    if getattr(shrink, "leaves_base", False): return
+    def _apply_shrink(self, y, x, w_t_all, scale):
+        shrink(self, y, x, w_t_all, scale)
+        base = self.token_lora_indices < 0
+        y.view(-1, y.shape[-1])[:len(base)].masked_fill_(base[:, None], 0.)
+    _apply_shrink.leaves_base = True
+    PunicaWrapperCPU._apply_shrink = _apply_shrink
+
 # %% ../nbs/09_serving.ipynb #12c410bb
 @functools.cache
 def _vllm_model():
@@ -305,6 +319,7 @@ def _vllm_model():
     from vllm.model_executor.models.module_mapping import MultiModelKeys
     from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
     from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.platforms import current_platform
     Info, Dummy = _vllm_info()
 
     @MULTIMODAL_REGISTRY.register_processor(_vllm_processor(), info=Info, dummy_inputs=Dummy)
@@ -312,6 +327,7 @@ def _vllm_model():
         packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
         def __init__(self, *, vllm_config, prefix=""):
             super().__init__(); self.encodes = 0
+            if current_platform.is_cpu(): base_without_adapter()
             self.config = cfg = vllm_config.model_config.hf_config
             whole = (vllm_config.additional_config or {}).get("video_vlm", {}).get("with_encoder", True)
             with self._mark_tower_model(vllm_config, "video"):
@@ -439,10 +455,10 @@ def check_room(n_prompt:int, context:int) -> int:
     return context-n_prompt
 
 # %% ../nbs/09_serving.ipynb #8b74064f
-def _vllm_videos(req:Request, projector=None) -> dict:
-    "The videos of a request as vLLM takes them, each under its content key."
+def _vllm_videos(req:Request, projector=None, adapter:str="") -> dict:
+    "The videos of a request as vLLM takes them, each under its content key (and the adapter's, whose projector made it)."
     items = [v if projector is None else dict(embeds=project(projector, v), starts=v.starts) for v in req.videos]
-    mark = "" if projector is None else f"/{req.adapter}"
+    mark = "" if projector is None else f"/{adapter}"
     return dict(multi_modal_data={"video": items}, multi_modal_uuids={"video": [v.key+mark if v.key else None for v in req.videos]})
 
 async def _vllm_generate(self, req:Request):
@@ -455,7 +471,7 @@ async def _vllm_generate(self, req:Request):
     lora, llm = self._adapter(req.adapter), self.llm
     room = check_room(len(full_ids(self.processor, req.messages, req.videos)), self.context)
     prompt = dict(prompt_token_ids=prompt_ids(self.processor, req.messages))
-    if req.videos: prompt.update(_vllm_videos(req, self.projectors.get(req.adapter)))
+    if req.videos: prompt.update(_vllm_videos(req, self.projectors.get(req.adapter), lora.lora_name if lora else ""))
     self.running += 1; n_out = 0
     try:
         async with aclosing(llm.generate(prompt, _params(req, room, self.processor), req.id, lora_request=lora, priority=req.priority)) as stream:
@@ -498,15 +514,17 @@ async def _load_adapter(self, name:str, folder):
     from vllm.lora.request import LoRARequest
     if not self.cfg.max_loras: raise VideoVLMError("adapters need max_loras of at least 1 in EngineConfig")
     if not (Path(folder)/"adapter_config.json").exists(): raise VideoVLMError(f"{folder}: no adapter_config.json there")
-    lora = LoRARequest(name, next(self._ids), str(folder))
+    if not self.ready: raise EngineDown("the engine is starting; try again in a few seconds")
+    id = next(self._ids)
+    lora, projector = LoRARequest(f"{name}-{id}", id, str(folder)), adapter_projector(folder, self.cfg.checkpoint)
     await self.llm.add_lora(lora)
-    self.adapters[name], self.projectors[name] = lora, adapter_projector(folder, self.cfg.checkpoint)
+    self.adapters[name], self.projectors[name] = lora, projector
 
 async def _drop_adapter(self, name:str):
-    "Forget an adapter."
+    "Forget an adapter; answers that are under way are finished with it."
     if (lora := self.adapters.pop(name, None)) is None: raise UnknownAdapter(f"no adapter {name!r} is loaded")
     self.projectors.pop(name)
-    await self.llm.remove_lora(lora.lora_int_id)
+    if self.ready: await self.llm.remove_lora(lora.lora_int_id)
 
 def _adapter(self, name):
     if name and name not in self.adapters: raise UnknownAdapter(f"no adapter {name!r} is loaded; there are: {', '.join(self.adapters) or 'none'}")
@@ -596,9 +614,10 @@ class DecodeBatch:
 # %% ../nbs/09_serving.ipynb #4300c51d
 class _Row:
     "One answer of one request, and the queue of whoever waits for it."
-    def __init__(self, req, index, ids, emit, tokenizer, room):
+    def __init__(self, req, index, ids, emit, tokenizer, room, adapter=""):
         import torch
         self.req, self.index, self.ids, self.emit, self.out, self.room, self.gone, self.sure = req, index, ids, emit, [], room, False, 0. if req.confidence else None
+        self.adapter = adapter # Key of the one that was loaded when the request came
         self.text = TextStream(tokenizer, req.stop)
         self.generator = None if req.seed is None else torch.Generator().manual_seed(req.seed+index)
 
@@ -629,7 +648,8 @@ class TransformersEngine:
         self.context = cfg.max_model_len or _context(cfg.checkpoint)
         self.eos = set(stop_ids(self.processor))
         self.waiting, self.batches, self.wake, self.running, self.thread, self.stopping = [], {}, threading.Condition(), 0, None, False
-        self.adapters, self.restarts, self.projectors = {}, 0, {"": self.model.projector}
+        self.adapters, self.restarts, self.projectors, self.now = {}, 0, {"": self.model.projector}, ""
+        self._ids, self.changes, self.leaving = itertools.count(1), [], set()
 
     @property
     def ready(self): return self.thread is not None and self.thread.is_alive()
@@ -643,6 +663,7 @@ class TransformersEngine:
     async def stop(self):
         with self.wake: self.stopping = True; self.wake.notify()
         await asyncio.to_thread(self.thread.join)
+        for _, done in self.changes: done.cancel()
 
     def _prefill(self, row):
         "Run the prompt of one row and let it join the batch."
@@ -651,7 +672,7 @@ class TransformersEngine:
         import torch
         cache, v = DynamicCache(), row.req.videos
         out = self.model(input_ids=torch.tensor([row.ids]), visual_tokens=stack_tokens(v) if v else None, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if not row.take(out.logits[0, -1], self.eos, self.video_id): self.batches.setdefault(row.req.adapter, DecodeBatch()).join(row, cache)
+        if not row.take(out.logits[0, -1], self.eos, self.video_id): self.batches.setdefault(row.adapter, DecodeBatch()).join(row, cache)
 
 # %% ../nbs/09_serving.ipynb #2d30a692
 def _tf_loop(self):
@@ -659,19 +680,26 @@ def _tf_loop(self):
     with torch.inference_mode():
         while True:
             with self.wake:
-                while not (self.waiting or self.rows or self.stopping): self.wake.wait()
+                while not (self.waiting or self.rows or self.changes or self.stopping): self.wake.wait()
                 if self.stopping: return
+                changes, self.changes = self.changes, []
                 self.waiting.sort(key=lambda r: r.req.priority)
                 new, self.waiting = (self.waiting[:1], self.waiting[1:]) if len(self.rows) < self.cfg.max_num_seqs else ([], self.waiting)
-            for row in new: _tf_guard(self, [row], lambda: None if row.gone else (self._use(row.req.adapter), self._prefill(row)))
-            for name, batch in list(self.batches.items()):
+            for fn, done in changes: _tf_settle(fn, done)
+            for row in new: _tf_guard(self, [row], lambda: None if row.gone else (self._use(row.adapter), self._prefill(row)))
+            for key, batch in list(self.batches.items()):
                 if gone := [r for r in batch.rows if r.gone]: batch.drop(gone)
-                if batch.rows: _tf_guard(self, list(batch.rows), lambda: (self._use(name), self._step(batch)))
+                if batch.rows: _tf_guard(self, list(batch.rows), lambda: (self._use(key), self._step(batch)))
+            for key in [k for k in self.leaving if not any(r.adapter == k for r in [*self.waiting, *self.rows])]: self._free(key)
 
 def _tf_guard(self, rows, fn):
     try: fn()
     except Exception as e:
         for r in rows: r.emit(e); r.gone = True
+
+def _tf_settle(fn, done):
+    try: done.set_result(fn())
+    except Exception as e: done.set_exception(e)
 
 def _tf_step(self, batch):
     logits = batch.step(self.model)
@@ -685,27 +713,47 @@ TransformersEngine._loop, TransformersEngine._step = _tf_loop, _tf_step
 def rows(self:TransformersEngine): return [r for b in self.batches.values() for r in b.rows]
 
 @patch
-def _use(self:TransformersEngine, name:str):
-    "Switch the model to an adapter and its projector (the empty name is the base)."
-    if not self.adapters or name == getattr(self, "now", None): return
+def _use(self:TransformersEngine, key:str):
+    "Switch the model to an adapter and its projector (the empty key is the base)."
+    if key == self.now: return
     from video_vlm.model import use_adapter
-    use_adapter(self.model, name or None)
-    self.model.projector, self.now = self.projectors[name], name
+    use_adapter(self.model, key or None)
+    self.model.projector, self.now = self.projectors[key], key
 
+@patch
+async def _standing_still(self:TransformersEngine, fn):
+    "Run `fn` between two steps of the model, and hand on what it returns or raises."
+    if not self.ready: return fn()
+    from concurrent.futures import Future
+    done = Future()
+    with self.wake: self.changes.append((fn, done)); self.wake.notify()
+    return await asyncio.wrap_future(done)
+
+# %% ../nbs/09_serving.ipynb #b2ad364a
 @patch
 async def load_adapter(self:TransformersEngine, name:str, folder):
     "Make an adapter (a folder of `save_adapter`) available under `name`."
-    from video_vlm.model import load_adapter, use_adapter
-    def work():
-        with self.wake: load_adapter(self.model, folder, name, projector=False); self.now = None; use_adapter(self.model, None)
-    await asyncio.to_thread(work)
-    self.projectors[name] = adapter_projector(folder, self.cfg.checkpoint) or self.projectors[""]
-    self.adapters[name] = str(folder)
+    from video_vlm.model import load_adapter
+    key, projector = f"adapter{next(self._ids)}", adapter_projector(folder, self.cfg.checkpoint)
+    def put():
+        try: load_adapter(self.model, folder, key, projector=False)
+        except Exception: self._free(key); raise
+        finally: self.now = None
+    await self._standing_still(put)
+    self.projectors[key], self.adapters[name] = projector or self.projectors[""], key
 
 @patch
 async def drop_adapter(self:TransformersEngine, name:str):
-    "Forget an adapter; its few megabytes stay until the process ends."
-    if self.adapters.pop(name, None) is None: raise UnknownAdapter(f"no adapter {name!r} is loaded")
+    "Forget an adapter; answers that are under way are finished with it."
+    if (key := self.adapters.pop(name, None)) is None: raise UnknownAdapter(f"no adapter {name!r} is loaded")
+    await self._standing_still(lambda: self.leaving.add(key))
+
+@patch
+def _free(self:TransformersEngine, key:str):
+    from video_vlm.model import lora_layers
+    for _, m in lora_layers(self.model): m.set_adapter([]); m.delete_adapter(key)
+    self.leaving.discard(key); self.projectors.pop(key, None); getattr(self.model, "lora_configs", {}).pop(key, None)
+    self.now = None
 
 # %% ../nbs/09_serving.ipynb #a78026c2
 async def _tf_generate(self, req:Request):
@@ -716,7 +764,7 @@ async def _tf_generate(self, req:Request):
     if self.running >= self.cfg.max_queue: raise EngineBusy(f"{self.running} requests are waiting or running")
     ids = full_ids(self.processor, req.messages, req.videos)
     room, loop, q = check_room(len(ids), self.context), asyncio.get_running_loop(), asyncio.Queue()
-    rows = [_Row(req, i, ids, lambda d: loop.call_soon_threadsafe(q.put_nowait, d), self.processor.tokenizer, room) for i in range(req.n)]
+    rows = [_Row(req, i, ids, lambda d: loop.call_soon_threadsafe(q.put_nowait, d), self.processor.tokenizer, room, self.adapters.get(req.adapter, "")) for i in range(req.n)]
     self.running += 1
     try:
         with self.wake: self.waiting += rows; self.wake.notify()
@@ -767,7 +815,7 @@ def offline_answers(llm, processor, reqs, projector=None, lora=None) -> list:
     "vLLM's outputs for a batch of requests, in order."
     from vllm.sampling_params import RequestOutputKind
     context = llm.llm_engine.model_config.max_model_len
-    prompts = [dict(prompt_token_ids=prompt_ids(processor, r.messages), **(_vllm_videos(r, projector) if r.videos else {})) for r in reqs]
+    prompts = [dict(prompt_token_ids=prompt_ids(processor, r.messages), **(_vllm_videos(r, projector, getattr(lora, "lora_name", "")) if r.videos else {})) for r in reqs]
     params = [_params(r, check_room(len(full_ids(processor, r.messages, r.videos)), context), processor) for r in reqs]
     for p in params: p.output_kind = RequestOutputKind.FINAL_ONLY
     return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)

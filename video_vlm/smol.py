@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'REQUESTS', 'SmolConfig', 'smol_parts', 'plain_prompts', 'own_answers', 'smol_data', 'rehearsing',
-           'say_words', 'smol_recipe', 'make_smol', 'perplexity', 'text_kept', 'first_token']
+           'tell_sparsely', 'say_words', 'smol_recipe', 'make_smol', 'perplexity', 'text_kept', 'first_token']
 
 # %% ../nbs/05d_smol.ipynb #ab751cea
 import json, math, os, resource, time
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from .data import Sample, atomic_write
 from .encoder import VideoEncoder
-from .model import answer_batch, ask_messages, assemble, lora_layers, load_language_model, load_model, save_light, score_batch, use_adapter
+from .model import VIDEO, answer_batch, ask_messages, assemble, lora_layers, load_language_model, load_model, save_light, score_batch, use_adapter
 from .pretrain import WORD_SETS, PretrainConfig, checkpoint_folder, lm_data, tell_answers, token_words, word_loss
 from .training import ClipSet, instruct, train
 
@@ -28,9 +28,9 @@ class SmolConfig:
     clips:int = 10000 # Clips of world, tokens stored once
     prompts:int = 200 # Plain prompts that are rehearsed
     align_steps:int = 1000 # Projector alone, 16 clips a step, no pass through the language model
-    steps:int = 4000 # Projector and LoRA
+    steps:int = 1600 # Projector and LoRA
     batch:int = 2 # Clips a step
-    questions:int = 16 # Questions of a clip, behind one prefix
+    questions:int = 24 # Questions of a clip at most, behind one prefix: nearly all there are
     lora_rank:int = 32
     lr:float = 8e-4
     projector_lr:float = 5e-4
@@ -84,7 +84,17 @@ def rehearsing(clips, own, encoder):
     "A ClipSet of videos, and behind it the conversations `own` [(prompt, answer)] as clips without a video."
     text = lambda t: [dict(type="text", text=t)]
     said = [[Sample(f"plain-{k}", [dict(role="user", content=text(p)), dict(role="assistant", content=text(a))], "text")] for k, (p, a) in enumerate(own)]
-    return ClipSet([*clips.ids, *(s[0].id for s in said)], [*clips.samples, *said], clips.tokens, origin=encoder.fingerprint, tell=tell_answers)
+    return ClipSet([*clips.ids, *(s[0].id for s in said)], [*clips.samples, *said], clips.tokens, origin=encoder.fingerprint, tell=tell_sparsely)
+
+def tell_sparsely(row, samples, tokenizer, weight=.1):
+    "`tell_answers`, with the time of a group labelled at its last visual token only."
+    row = tell_answers(row, samples, tokenizer)
+    video = row["input_ids"] == tokenizer.convert_tokens_to_ids(VIDEO)
+    for name, inner, last in (("labels", -100, None), ("label_weights", 0., weight)):
+        x = row[name].clone(); x[1:][video[:-1] & video[1:]] = inner
+        if last: x[1:][video[:-1] & ~video[1:]] = last
+        row[name] = x
+    return row
 
 # %% ../nbs/05d_smol.ipynb #15fd9302
 def say_words(model, tokenizer, data, words, steps=1000, clips=16, lr=2e-3, seed=0):
@@ -104,7 +114,7 @@ def say_words(model, tokenizer, data, words, steps=1000, clips=16, lr=2e-3, seed
 
 def smol_recipe(cfg=SmolConfig()):
     "Projector and LoRA on videos and rehearsal."
-    return instruct(name="smol", steps=cfg.steps, clips=cfg.batch, questions=cfg.questions, precision=cfg.precision, seed=cfg.seed, lr=cfg.lr, projector_lr=cfg.projector_lr,
+    return instruct(name="smol", steps=cfg.steps, clips=cfg.batch, micro=1, questions=cfg.questions, precision=cfg.precision, seed=cfg.seed, lr=cfg.lr, projector_lr=cfg.projector_lr,
                     lora_rank=cfg.lora_rank, warmup=.03, decay=.3, mix=(("video", 1-cfg.text), ("text", cfg.text)), save_every=100)
 
 def make_smol(out="runs/smol", cfg=SmolConfig(), progress=True):

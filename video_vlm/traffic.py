@@ -79,7 +79,7 @@ def adapter_routes(app, gw):
 
     @app.delete("/v1/adapters/{name}")
     async def drop(name: str, request: HttpRequest):
-        "Drop an adapter (operators only); running answers end with it."
+        "Drop an adapter (operators only); answers under way are finished with it."
         operator(gw, request)
         await gw.engine.drop_adapter(name)
         gw.book.run("delete from adapters where name=?", name)

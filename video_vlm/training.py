@@ -10,10 +10,11 @@ __all__ = ['RECIPES', 'Recipe', 'connect', 'instruct', 'whole', 'recipe_from', '
            'same_start', 'shard_model', 'is_sharded', 'full', 'like', 'run_state', 'write_state', 'prune', 'save_state',
            'load_state', 'is_oom', 'run_passes', 'train_step', 'step_within_memory', 'usual_loss', 'measured_peak',
            'model_flops', 'memory_mb', 'qa_check', 'check_trackers', 'start_trackers', 'same_recipe', 'finished',
-           'begin', 'finish_training', 'Meter', 'train']
+           'begin', 'finish_training', 'Meter', 'written_out', 'train']
 
 # %% ../nbs/05_training.ipynb #0e801b5e
 import hashlib, json, math, os, shutil, statistics, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -536,6 +537,15 @@ class Meter:
         f = self.flops([len(r["input_ids"]) for r in rows], sum(int((r["labels"] != -100).sum()) for r in rows))
         return {**row, "seconds": round(now-self.began, 2), "tokens_per_s": round(row["tokens"]*(1-row["padding"])/spent), "mfu": round(f/spent/self.peak, 4), "memory_mb": memory_mb()}
 
+# %% ../nbs/05_training.ipynb #82884c47
+@contextmanager
+def written_out(language_model, on):
+    "Attention as plain matrix products (`eager`) within the block; a model with one kind only stays as it is."
+    before = language_model.config._attn_implementation
+    if on: language_model.set_attn_implementation("eager")
+    try: yield
+    finally: language_model.set_attn_implementation(before)
+
 # %% ../nbs/05_training.ipynb #50871514
 def train(model, processor, data, recipe, out, extra=None, progress=True, validate=None, trackers=(), shard=False, new_data=False, inputs=None):
     "Train `model` (in place) by `recipe` on `data`; returns the stage folder with `model/`, `recipe.json`, `log.jsonl`. Resumes by itself."
@@ -559,7 +569,8 @@ def train(model, processor, data, recipe, out, extra=None, progress=True, valida
         acc.wait_for_everyone()
         if not acc.is_main_process: rows = [json.loads(l) for l in open(out/"log.jsonl")][:start]
         model, opts = model.train(), [acc.prepare_optimizer(o) for o in opts]
-        _loop(acc, model, opts, processor, data, recipe, out, rows, start, extra, progress, validate, trackers)
+        with written_out(model.language_model, acc.device.type == "cpu" and recipe.precision == "bf16"):
+            _loop(acc, model, opts, processor, data, recipe, out, rows, start, extra, progress, validate, trackers)
         state = {k: full(v).cpu() for k, v in (merged_state(model) if hasattr(model, "lora_configs") else model.state_dict()).items()} if is_sharded(model) else None
         if acc.is_main_process: finish_training(model, processor, recipe, out, state, inputs)
         if trackers: acc.end_training()
