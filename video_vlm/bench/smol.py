@@ -59,4 +59,6 @@ def run(quick:bool=False, model:str="smol", clips:int=40, prompts:int=200)->dict
         got, seen, answers = level_scores(net, processor, level, clips)
         out |= got
     out |= dict(medium_by_kind=scored(answers, lambda s: s.meta["kind"]), blind=blind_figure(net, processor, answers), **caption_figures(net, processor, seen))
-    return out | first_token(net, processor, seen[0][1]) | kept_of(net, processor, folder, prompts)
+    out |= first_token(net, processor, seen[0][1]) | kept_of(net, processor, folder, prompts)
+    half = first_token(net.bfloat16(), processor, seen[0][1])
+    return out | {f"bf16_{k}": half[k] for k in ("first_token_s", "tokens_per_s")}
