@@ -509,6 +509,7 @@ def project(projector, vt) -> np.ndarray:
     import torch
     with torch.no_grad(): return projector(torch.tensor(np.asarray(vt.tokens, np.float32))).numpy()
 
+# %% ../nbs/09_serving.ipynb #d70cc7e2
 async def _load_adapter(self, name:str, folder):
     "Make a LoRA adapter (a folder of `save_adapter`) available under `name`."
     from vllm.lora.request import LoRARequest
